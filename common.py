@@ -1,0 +1,931 @@
+"""What two or more scripts share, in the order in which a run needs it: setup, data,
+synthetic stand-in, models, training, plots, reports and command line.
+
+Images are uint8 (N, 1, 28, 28) until `normalize` makes them float; losses are mean
+cross-entropies in nats, accuracies are percentages. A foreseeable mistake of the user
+ends the program with one line (SystemExit) wherever it is found.
+"""
+
+import argparse
+import copy
+import csv
+import ctypes
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+
+# -------------------------------------------------------------------------------------
+# Setup: processor, device, files
+# -------------------------------------------------------------------------------------
+torch.set_flush_denormal(True)  # denormal numbers are many times slower to multiply
+torch.backends.cudnn.deterministic = True  # a resumed run ends in the same bits
+if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    # glibc hands large blocks back to the system and page-faults them in again at the
+    # next step; keeping those of up to 1 GiB makes fp32 training a fifth faster.
+    for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        libc.mallopt(parameter, 1 << 30)
+
+
+def available_devices() -> list[str]:
+    """The types of device that this machine has, the fastest first."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    return ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether `device` computes in bfloat16 itself; emulated, it is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    flags = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(flags.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def write_file(path: Path | str, content: bytes) -> None:
+    """Write `path` so that anyone, also after a kill, finds the old file or the new."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        sys.exit(f"cannot write {path}: {error.strerror}")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------
+# Data
+# -------------------------------------------------------------------------------------
+MEAN, STD = 0.1307, 0.3081  # of the training pixels, scaled to 0-1
+VAL_SHARE = 12  # one training image in 12 is for validation: 5,000 of 60,000
+SPLIT_SEED = 2024  # the same validation images in every run of every script
+DOWNLOAD_SECONDS = 120  # for all four files, 11 MB
+MNIST_FILES = [
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+]
+
+
+class Split(NamedTuple):
+    """`images` uint8 (N, 1, 28, 28) and `labels` int64 (N,), on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Digits(NamedTuple):
+    """A data set in three parts; `source` is "MNIST" or "synthetic stand-in"."""
+
+    train: Split
+    val: Split
+    test: Split
+    source: str
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Pixels 0-255, uint8 or float -> float32 with MNIST's mean at 0 and deviation 1."""
+    return images.to(torch.float32).mul_(1 / (255 * STD)).sub_(MEAN / STD)
+
+
+def load_digits(data_dir, source="auto", limit=None, device="cpu") -> Digits:
+    """Load MNIST from `data_dir` (torchvision's layout; downloaded if missing), or draw
+    the stand-in, and put it on `device`; `limit` keeps the first training images only.
+
+    `source`: "mnist" takes MNIST or exits, "synthetic" the stand-in, "auto" falls back
+    to the stand-in, with a warning, where MNIST cannot be had. Broken files always end
+    the program: they should be looked at, not papered over.
+    """
+    if source != "synthetic":
+        try:
+            return split_digits(*read_mnist(data_dir), "MNIST", limit, device)
+        except ValueError as error:
+            sys.exit(f"{error}; delete the file to download it again")
+        except OSError as error:
+            reason = f"MNIST is not in {data_dir} and cannot be downloaded ({error})"
+            remedy = "put its files into MNIST/raw there, or give --data-dir"
+            if source == "mnist":
+                sys.exit(f"{reason}; {remedy}")
+            print(f"WARNING: {reason}; {remedy}.", file=sys.stderr)
+            print("WARNING: this run uses the synthetic stand-in.", file=sys.stderr)
+    drawn = *draw_digits(60_000, seed=0), *draw_digits(10_000, seed=1)
+    return split_digits(*drawn, "synthetic stand-in", limit, device)
+
+
+def split_digits(images, labels, test_images, test_labels, source, limit, device):
+    """Split the training images by a fixed generator, 11/12 train, 1/12 validation."""
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    order = torch.randperm(len(labels), generator=generator)
+    val, train = order.tensor_split([len(labels) // VAL_SHARE])
+    train = train[:limit]
+    parts = (images[train], labels[train]), (images[val], labels[val])
+    parts = *parts, (test_images, test_labels)
+    return Digits(*(Split(x.to(device), y.to(device)) for x, y in parts), source)
+
+
+def read_mnist(data_dir) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images (N, 1, 28, 28) and labels (N,), then those of the test split.
+
+    Raises ValueError for a broken file, OSError if one is missing and stays so.
+    """
+    from torchvision.datasets import MNIST  # late: a second that --help need not wait
+
+    raw = Path(data_dir) / "MNIST" / "raw"
+    if missing := [name for name in MNIST_FILES if not (raw / name).exists()]:
+        download_mnist(raw, missing)
+    check_mnist(raw)
+    parts = [MNIST(str(data_dir), train=train) for train in (True, False)]
+    return tuple(t for part in parts for t in (part.data.unsqueeze(1), part.targets))
+
+
+def check_mnist(raw: Path) -> None:
+    """ValueError, one line, if one of the four files in `raw` is not what it should be:
+    torchvision loads a label file that is too short without a word."""
+    counts = []
+    for name in MNIST_FILES:
+        content = (raw / name).read_bytes()
+        shape = (28, 28) if "images" in name else ()
+        header = [int.from_bytes(content[i : i + 4], "big") for i in (0, 4, 8, 12)]
+        header = header[: 2 + len(shape)]
+        if header[0] != 2049 + len(shape) or header[2:] != list(shape):
+            raise ValueError(f"{raw / name} is not an MNIST file of its kind")
+        if len(content) != 4 * len(header) + header[1] * math.prod(shape):
+            raise ValueError(f"{raw / name} is truncated or too long")
+        if not shape and max(content[8:], default=0) > 9:
+            raise ValueError(f"{raw / name} has labels other than 0-9")
+        counts.append(header[1])
+    for i in (0, 2):
+        if counts[i] != counts[i + 1] or counts[i] < VAL_SHARE:
+            found = f"{counts[i]} images, {counts[i + 1]} labels"
+            raise ValueError(f"{raw / MNIST_FILES[i]} and its labels differ: {found}")
+
+
+def download_mnist(raw: Path, names: list[str]) -> None:
+    """Download MNIST into a temporary folder and move the files in `names` to `raw`,
+    each in one step, once all are whole: scripts that start together cannot disturb
+    each other. Raises OSError if that fails or takes longer than DOWNLOAD_SECONDS."""
+    from torchvision.datasets import MNIST
+
+    outcome = []
+
+    def download(folder):
+        try:
+            outcome.append(MNIST(folder, download=True))
+        except (OSError, RuntimeError, EOFError, ValueError) as error:
+            outcome.append(error)
+
+    raw.mkdir(parents=True, exist_ok=True)
+    temporary = tempfile.TemporaryDirectory(
+        dir=raw, prefix=".download-", ignore_cleanup_errors=True
+    )
+    with temporary as folder:
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(10)  # a dead connection; the join bounds a slow one
+        worker = threading.Thread(target=download, args=(folder,), daemon=True)
+        worker.start()
+        worker.join(DOWNLOAD_SECONDS)
+        socket.setdefaulttimeout(timeout)
+        if not outcome:
+            raise OSError(f"it takes more than {DOWNLOAD_SECONDS} s")
+        if isinstance(outcome[0], Exception):
+            raise OSError(" ".join(str(outcome[0]).split())[:200])
+        for name in names:
+            os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
+
+
+def batches(split: Split, size: int, generator: torch.Generator):
+    """Yield (images float32 (B, 1, 28, 28), labels (B,)), every image once, in an order
+    drawn from `generator` (on the CPU); the last batch may be smaller.
+
+    On resident tensors a batch is one indexing, which needs no worker processes.
+    """
+    order = torch.randperm(len(split.labels), generator=generator)
+    for rows in order.to(split.labels.device).split(size):
+        yield normalize(split.images[rows]), split.labels[rows]
+
+
+# -------------------------------------------------------------------------------------
+# Synthetic stand-in: digits drawn with a pen, for machines without MNIST
+# -------------------------------------------------------------------------------------
+# Ways to lay a digit by hand, as points of a pen's path: two letters are a point, its
+# column and row from a to u in a 21 x 21 grid; "-" lifts the pen. A point named twice
+# in a row is a corner. Points named again are the same point, and move with it.
+SKELETONS = {
+    0: ("kaedbkerkuqrtkqdka nbgbchdpjuprsjpdjbhe jaefdmhtntrmpeja oajceieqjupqrindie"),
+    1: "kakkku lakhknju gflalalklu fflalalklu-euluru",
+    2: (
+        "cfgbmaqeojipcucuktst cfhaobqgmngscsdpiqntts dejapdojhqbtbthsnuts "
+        "bdjaqdnkdudusu eghbnbpglmercuguhrmstu fdkaoemmhsdsdoionsup "
+        "eekapfnmirdtbqfnkqnutt gdlaoekmdsdsirouss ddjbocnhincscshqmruu"
+    ),
+    3: (
+        "ddjapdoiikikpmrqluds dbqbqbijijplqqkucs ceiapdniiknlrpmufubr "
+        "dckapeljgkiimkrplucs ccibobobkfgjgjmjpomtfucr dcoboblgijijnmnqlu "
+        "edlapdkihjmlopkueu"
+    ),
+    4: (
+        "eaclclklsk-obnkmu nacncnkntn-nanknu dachflmkpg-qaoknu dbdiikohqaqaokmu "
+        "kaggclclklsl-mglnku gbeieikjqh-qapkou iadhcmhnsl-ndnmmu"
+    ),
+    5: (
+        "rafbfbejejlhrmoshubr gbfimiqnmtdt-gbmbsa rbjcgimlnqiubs qbhbhbfifilionktds "
+        "sbicicdkdkjiploriudsfp ragdgdekkipjoplu rcfcfcfjfjpkoqdu"
+    ),
+    6: (
+        "oahfdmfsluqqolilep kafiepiuosonjmfq rajgengtnuqpmlgneq gaeiepjuprnmimep "
+        "majhhoitmtnplnip pbicdjerlusqrlmkhojs"
+    ),
+    7: (
+        "ccrbrblkiu cfdbdbrbrbmkju ccrbrblkiu-glqk behbpbrdnkju bffcldraranklu "
+        "ejedjbpcqipoou dgebebkcqbnkku-gllkrk"
+    ),
+    8: (
+        "qdjaeejjpoluerhlogqd kafekjpeka-kjeokuqokj rckafekkopjueqjkqe "
+        "fcegkkppkufqjkpfkafc rbmhhngskunqkkefhanbof pciadfiknhpcmjlpjuhqkk "
+        "obhaeeiimmnrkuiqlkqgte"
+    ),
+    9: (
+        "qekbeefklkqeqepmou qekaefikoiqeqmmtft pdiadfgknipdpdnmku pcjafehjnipcollu "
+        "pdiacfclhnnjpdpdqmqu qbibdffjljqfonlu fadghjnhpbpboknu rcjaeeiipiooiu"
+    ),
+}
+
+
+def skeleton_path(text: str) -> tuple[Tensor, Tensor]:
+    """The points (K, 2) of a skeleton and the matrix (P, K) that takes them to P places
+    along its path: a Catmull-Rom spline, sampled at least every 0.8 grid units."""
+    grid = "abcdefghijklmnopqrstu"
+    strokes = [list(zip(s[::2], s[1::2], strict=True)) for s in text.split("-")]
+    names = list(dict.fromkeys(point for stroke in strokes for point in stroke))
+    points = torch.tensor([[grid.index(x), grid.index(y)] for x, y in names]).float()
+    rows = []
+    for stroke in strokes:
+        ends = [names.index(point) for point in (stroke[0], *stroke, stroke[-1])]
+        for a, b, c, d in zip(ends, ends[1:], ends[2:], ends[3:], strict=False):
+            length = max(0.8, (points[b] - points[c]).norm().item())
+            for t in torch.arange(0, 1, 0.8 / length).tolist():
+                row = torch.zeros(len(points))
+                row[a] += (-t + 2 * t**2 - t**3) / 2
+                row[b] += (2 - 5 * t**2 + 3 * t**3) / 2
+                row[c] += (t + 4 * t**2 - 3 * t**3) / 2
+                row[d] += (t**3 - t**2) / 2
+                rows.append(row)
+    return points, torch.stack(rows)
+
+
+def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw uint8 images (count, 1, 28, 28) and labels (count,); same seed, same bits."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (count,), generator=generator)
+    pick = torch.rand(count, generator=generator)
+    images = torch.empty(count, 1, 28, 28, dtype=torch.uint8)
+    for digit, texts in SKELETONS.items():
+        texts, rows = texts.split(), (labels == digit).nonzero().flatten()
+        for i, text in enumerate(texts):
+            chosen = rows[(pick[rows] * len(texts)).long() == i]
+            for part in chosen.split(1000):  # which keeps the memory small
+                path = skeleton_path(text)
+                images[part, 0] = draw_skeleton(*path, len(part), generator)
+    return images, labels
+
+
+def draw_skeleton(points: Tensor, path: Tensor, count: int, generator) -> Tensor:
+    """Draw one skeleton as `count` hands would: uint8 (count, 28, 28), framed like
+    MNIST's digits, in a box of 20 pixels with the centre of mass in the middle."""
+
+    def normal(*shape, std=1.0, mean=0.0):
+        return mean + std * torch.randn(count, *shape, generator=generator)
+
+    # Hands differ in care, which jitters every point; in habit, which bends the digit
+    # as a whole; and in width, slant and turn.
+    jitter = normal(len(points), 2, std=0.12) * normal(1, 1, std=0.4).exp()
+    pen = path @ ((points - 10) / 10 + jitter)
+    x, y = pen.unbind(2)
+    powers = [x * x, x * y, y * y, x**3, x * x * y, x * y * y, y**3]
+    x, y = (pen + torch.stack(powers, 2) @ normal(7, 2, std=0.14)).unbind(2)
+    x = x * normal(1, std=0.35).exp() - y * normal(1, std=0.35, mean=0.15)
+    turn = normal(1, std=0.15)
+    x, y = turn.cos() * x - turn.sin() * y, turn.sin() * x + turn.cos() * y
+
+    pen, radius = torch.stack([x, y], 2), normal(1, std=0.4, mean=0.15).exp()
+    radius = radius.clamp(0.6, 3.5)  # of the pen's tip, in pixels
+    extent = (pen.amax(1) - pen.amin(1)).amax(1, keepdim=True)
+    pen = pen * ((20 - 2 * radius) / extent).unsqueeze(2)
+    length = (pen.roll(-1, 1) - pen).norm(dim=2)
+    length = length.minimum(3 * length.median(1, keepdim=True).values)  # no pen lifts
+    centre = (pen * length.unsqueeze(2)).sum(1) / length.sum(1, keepdim=True)
+    pen = pen - centre.unsqueeze(1) + 13.5 + normal(1, 2, std=0.3)
+
+    # Ink by the distance to the path. The sum of exp(-d^2 / 2 s^2) along the path is
+    # ruled by its nearest point, so its logarithm gives the distance; and since the
+    # Gaussian separates into columns and rows, that sum is a product of matrices.
+    s, pixel = 0.7, torch.arange(28.0)
+    columns, rows = (
+        torch.exp(-(((pixel - pen[:, :, i, None]) / s) ** 2) / 2) for i in (0, 1)
+    )
+    share = (length / (s * math.sqrt(2 * math.pi))).unsqueeze(2)
+    density = rows.transpose(1, 2) @ (columns * share)
+    distance = (-2 * s * s * density.clamp(min=1e-30).log()).clamp(min=0).sqrt()
+    ink = (radius.unsqueeze(2) - distance + 0.5).clamp(0, 1)
+    return (255 * ink).to(torch.uint8)
+
+
+# -------------------------------------------------------------------------------------
+# Models: plain chains of layers
+# -------------------------------------------------------------------------------------
+def baseline_cnn(dropout: float = 0.5) -> nn.Sequential:
+    """The baseline: (B, 1, 28, 28) -> logits (B, 10), with 421,642 parameters.
+
+    Max-pool stands before ReLU: the two commute, and ReLU has a quarter of the work.
+    """
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.MaxPool2d(2),  # -> (B, 32, 14, 14)
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.MaxPool2d(2),  # -> (B, 64, 7, 7)
+        nn.ReLU(),
+        nn.Flatten(),  # -> (B, 3136)
+        nn.Linear(3136, 128),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(128, 10),
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable scalars."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def layer_table(model: nn.Module) -> list[tuple[str, tuple[int, ...], int]]:
+    """(layer, output shape without the batch, parameters) in the order of the forward
+    pass, for a model on the CPU."""
+    rows, hooks = [], []
+
+    def note(module, _, output):
+        shape = tuple(output.shape[1:])
+        rows.append((type(module).__name__, shape, count_parameters(module)))
+
+    for module in model.modules():
+        if not list(module.children()):
+            hooks.append(module.register_forward_hook(note))
+    predict(model, torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def print_layers(model: nn.Module) -> None:
+    """Print the layer table with its total."""
+    print(f"{'layer':<12} {'output shape':<14} {'parameters':>10}")
+    for name, shape, parameters in layer_table(model):
+        print(f"{name:<12} {' x '.join(map(str, shape)):<14} {parameters:>10,}")
+    print(f"{'total':<27} {count_parameters(model):>10,}\n")
+
+
+# -------------------------------------------------------------------------------------
+# Training and evaluation
+# -------------------------------------------------------------------------------------
+EVAL_BATCH = 250  # whose activations stay near the caches; 1,000 ran half as fast
+CHECKS = 20  # times an epoch that the loss is read back: for the bar, and to stop
+
+
+class Score(NamedTuple):
+    """Mean cross-entropy in nats and accuracy in percent."""
+
+    loss: float
+    accuracy: float
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """uint8 images (N, 1, 28, 28) -> logits (N, 10), in evaluation mode and fp32."""
+    training = model.training
+    model.eval()
+    logits = [model(normalize(part)) for part in images.split(EVAL_BATCH)]
+    model.train(training)
+    return torch.cat(logits)
+
+
+def score(logits: Tensor, labels: Tensor) -> Score:
+    """Logits (N, 10), labels (N,) -> Score: sums over all images, divided once by N."""
+    loss = F.cross_entropy(logits, labels, reduction="sum").item() / len(labels)
+    return Score(loss, 100 * (logits.argmax(1) == labels).sum().item() / len(labels))
+
+
+def evaluate(model: nn.Module, split: Split) -> Score:
+    """Score of `model` on `split`; touches neither the model nor any random state."""
+    return score(predict(model, split.images), split.labels)
+
+
+@dataclass
+class History:
+    """What `fit` saw: a row for each finished epoch, the loss of each step, the end."""
+
+    config: dict
+    rows: list[dict] = field(default_factory=list)
+    step_losses: list[float] = field(default_factory=list)
+    best_epoch: int = 0
+    diverged: bool = False
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during `fit`; `history` holds the epochs that were finished."""
+
+    def __init__(self, history: History):
+        self.history = history
+
+
+def fit(
+    model: nn.Module,
+    train: Split,
+    val: Split,
+    optimizer: torch.optim.Optimizer,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int = 0,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    patience: int | None = None,
+    precision: str = "fp32",
+    checkpoint: Path | None = None,
+    resume: bool = False,
+) -> History:
+    """Train `model` in place and leave in it the weights of its best validation epoch:
+    the highest accuracy and, among equals, the lowest loss.
+
+    seed        of the batch order, which no dropout and no evaluation can shift
+    scheduler   stepped after every batch
+    patience    epochs without a better one after which training stops; None: never
+    precision   "bf16" puts the model's pass under autocast; weights, loss and
+                evaluation stay fp32
+    checkpoint  file written before the first and after every epoch; with `resume`,
+                training continues from it to the bits of a run that never stopped
+
+    A loss that is not finite ends the training, as `diverged`. Ctrl-C: Interrupted.
+    """
+    device, count = train.labels.device, len(train.labels)
+    steps = math.ceil(count / batch_size)
+    order = torch.Generator().manual_seed(seed)
+    # Dropout draws from the device's own generator, which the caller has seeded.
+    rng = torch.random if device.type == "cpu" else torch.get_device_module(device)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts = {name: part for name, part in parts.items() if part}
+
+    named = "lr", "momentum", "nesterov", "weight_decay"
+    config = {"optimizer": type(optimizer).__name__}
+    config |= {
+        key: optimizer.defaults[key] for key in named if optimizer.defaults.get(key)
+    }
+    config |= {"scheduler": type(scheduler).__name__ if scheduler else None}
+    config |= {"batch_size": batch_size, "epochs": epochs, "patience": patience}
+    config |= {"precision": precision}
+    history, best = History(config), copy.deepcopy(model.state_dict())
+    identity = config | {"seed": seed, "network": repr(model), "images": count}
+    identity |= {"data": train.images.sum().item()}  # another data set, another sum
+
+    def save():
+        if checkpoint:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"order": order.get_state(), "rng": rng.get_rng_state()}
+            state |= {"identity": identity, "best": best, "history": asdict(history)}
+            torch.save(state, buffer := io.BytesIO())
+            write_file(checkpoint, buffer.getvalue())
+
+    if resume:
+        state = load_checkpoint(checkpoint, identity)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        order.set_state(state["order"])
+        rng.set_rng_state(state["rng"])
+        best, history = state["best"], History(**state["history"])
+    else:
+        save()
+
+    first, started = len(history.rows) + 1, time.perf_counter()
+    bar = tqdm(total=(epochs + 1 - first) * steps, disable=None, leave=False)
+    try:
+        for epoch in range(first, epochs + 1):
+            waited = epoch - 1 - history.best_epoch
+            if history.diverged or (patience and waited >= patience):
+                break
+            clock, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
+            losses = torch.zeros(steps, device=device)
+            total, correct, seen = torch.zeros(()), 0, 0
+            model.train()
+            for step, (images, labels) in enumerate(batches(train, batch_size, order)):
+                with torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
+                    logits = model(images)
+                logits = (
+                    logits.float()
+                )  # the loss of bf16 logits would have three digits
+                loss = F.cross_entropy(logits, labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if scheduler:
+                    scheduler.step()
+                losses[step] = loss.detach()
+                total += loss.detach() * len(labels)
+                correct += (logits.argmax(1) == labels).sum()
+                seen += len(labels)
+                if step % math.ceil(steps / CHECKS) == 0 or seen == count:
+                    mean = total.item() / seen
+                    if not math.isfinite(mean):
+                        history.diverged = True
+                        break
+                    accuracy = f"{100 * correct.item() / seen:.2f}"
+                    bar.set_postfix(
+                        loss=f"{mean:.4f}", accuracy=accuracy, lr=f"{lr:.2g}"
+                    )
+                    bar.update((epoch - first) * steps + step + 1 - bar.n)
+            now = evaluate(model, val)
+            row = {"epoch": epoch, "train_loss": total.item() / seen}
+            row |= {"train_accuracy": 100 * correct.item() / seen}
+            row |= {"val_loss": now.loss, "val_accuracy": now.accuracy, "lr": lr}
+            history.rows.append(row | {"seconds": time.perf_counter() - clock})
+            history.step_losses += losses[: step + 1].tolist()
+            merit = [(r["val_accuracy"], -r["val_loss"]) for r in history.rows]
+            if epoch == 1 or merit[-1] > merit[history.best_epoch - 1]:
+                history.best_epoch, best = epoch, copy.deepcopy(model.state_dict())
+            save()
+            pace = (time.perf_counter() - started) / (epoch + 1 - first)
+            tqdm.write(epoch_line(history, epochs, left=pace * (epochs - epoch)))
+    except KeyboardInterrupt:
+        raise Interrupted(history) from None
+    finally:
+        bar.close()
+    model.load_state_dict(best)
+    return history
+
+
+def epoch_line(history: History, epochs: int, left: float) -> str:
+    """The last epoch as a line of the log; `left`: seconds to the last epoch's end."""
+    row = history.rows[-1]
+    line = f"epoch {row['epoch']:>3}/{epochs}"
+    for part in ("train", "val"):
+        loss, accuracy = row[f"{part}_loss"], row[f"{part}_accuracy"]
+        line += f"   {part} loss {loss:.4f} accuracy {accuracy:6.2f} %"
+    line += f"   lr {row['lr']:.2g}   {row['seconds']:.1f} s, {left:.0f} s left"
+    end = "   best" * (history.best_epoch == row["epoch"])
+    return line + (end if not history.diverged else "   DIVERGED")
+
+
+def load_checkpoint(path: Path, identity: dict) -> dict:
+    """The state that `fit` saved in `path` for the run that `identity` describes."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state["identity"]
+    except FileNotFoundError:
+        sys.exit(f"cannot resume: there is no {path} yet; run without --resume")
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        sys.exit(f"cannot resume: {path} is truncated or not a checkpoint")
+    except (KeyError, TypeError, IndexError):
+        sys.exit(f"cannot resume: {path} was not written by this program")
+    for key, now in identity.items():
+        if saved.get(key) != now:
+            change = f"{key} was {saved.get(key)}, is {now}"
+            change = " ".join(change.split())
+            sys.exit(f"cannot resume: {path} is of another configuration: {change}")
+    return state
+
+
+class Run(NamedTuple):
+    """A training that ended: the model with its best weights; its scores as a dict, a
+    `seeds` entry of the results file; and its logits (N, 10) for the test images."""
+
+    model: nn.Module
+    history: History
+    scores: dict
+    test_logits: Tensor
+
+
+def train_all(train, labels, digits: Digits, options) -> dict[str, list[Run]]:
+    """`train(digits, options, label, seed) -> (model, History)` for each label and seed.
+
+    Only here is the test split read, once for each run, after its weights are chosen.
+    Ctrl-C writes log and curves of the epochs so far and ends the program with 130.
+    """
+    runs = {label: [] for label in labels}
+    histories = {}
+    try:
+        for label in runs:
+            for seed in options.seeds:
+                print(f"{label}, seed {seed}, {digits.source}:", flush=True)
+                model, history = train(digits, options, label, seed)
+                histories.setdefault(label, []).append(history)
+                logits = predict(model, digits.test.images)
+                test = score(logits, digits.test.labels)
+                counts = count_confusions(logits, digits.test.labels)
+                scores = {
+                    "seed": seed,
+                    "test_accuracy": test.accuracy,
+                    "test_loss": test.loss,
+                    "val_accuracy": evaluate(model, digits.val).accuracy,
+                    "train_accuracy": evaluate(model, digits.train).accuracy,
+                    "epochs": len(history.rows),
+                    "best_epoch": history.best_epoch,
+                    "seconds": sum(row["seconds"] for row in history.rows),
+                    "health": ["diverged"] * history.diverged,
+                    "most_confused": most_confused(counts),
+                }
+                runs[label].append(Run(model, history, scores, logits))
+                print(
+                    f"test accuracy {test.accuracy:.2f} %, epoch {history.best_epoch}\n"
+                )
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, Interrupted) and stop.history.rows:
+            histories.setdefault(label, []).append(stop.history)
+        if histories:
+            write_log(options, histories)
+            plot_curves(options, histories, "Interrupted: the epochs so far", digits)
+        print(f"interrupted; what there is lies in {options.stem.parent}", flush=True)
+        sys.exit(130)
+    return runs
+
+
+# -------------------------------------------------------------------------------------
+# Plots: each function writes one PNG, <stem>_<what>.png
+# -------------------------------------------------------------------------------------
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = "osD^vPX"
+
+
+def save_figure(options, what: str, figure: Figure, title: str, digits: Digits) -> None:
+    """Title the figure, saying so if its data are not MNIST, and write it."""
+    mark = "" if digits.source == "MNIST" else f"[{digits.source}] "
+    figure.suptitle(mark + title, fontweight="bold")
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=110)
+    write_file(f"{options.stem}_{what}.png", buffer.getvalue())
+
+
+def plot_curves(options, histories: dict, title: str, digits: Digits) -> None:
+    """Loss and accuracy by epoch: a thin line for each seed, a bold one for their mean
+    as far as all went. A single label has a colour each for training and validation,
+    several have one each, with training dashed.
+
+    Accuracy is spaced by the logarithm of the error: 10 % and 99.5 % both can be read.
+    """
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for i, (label, seeds) in enumerate(histories.items()):
+            for part, name in (("train", "training"), ("val", "validation")):
+                color = COLORS[i if len(histories) > 1 else part == "train"]
+                dashed = "--" if part == "train" and len(histories) > 1 else "-"
+                lines = [[row[f"{part}_{quantity}"] for row in h.rows] for h in seeds]
+                if quantity == "accuracy":
+                    lines = [[max(100 - y, 0.01) for y in line] for line in lines]
+                for line, history in zip(lines, seeds, strict=True):
+                    epochs, best = range(1, len(line) + 1), history.best_epoch
+                    axes.plot(epochs, line, dashed, color=color, alpha=0.3, lw=1)
+                    if part == "val":
+                        look = {"marker": MARKERS[i], "fillstyle": "none"}
+                        axes.plot(best, line[best - 1], color=color, **look)
+                shared = list(zip(*lines, strict=False))  # as far as the shortest goes
+                mean = [statistics.fmean(values) for values in shared]
+                axes.plot(range(1, len(mean) + 1), mean, dashed, color=color, lw=2.5)
+                text = name if len(histories) == 1 else f"{label}, {name}"
+                place = {
+                    "xytext": (8, 0),
+                    "textcoords": "offset points",
+                    "va": "center",
+                }
+                axes.annotate(text, (len(mean), mean[-1]), color=color, **place)
+        axes.set(xlabel="epoch", yscale="log", ylabel="loss (cross-entropy, nats)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+        axes.yaxis.set_major_locator(FixedLocator(TICKS))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        if quantity == "accuracy":
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 - y:g}"))
+            axes.set_ylabel("accuracy (%)")
+            axes.invert_yaxis()
+    figure.supxlabel("open markers: the epoch whose weights were kept", fontsize=9)
+    save_figure(options, "curves", figure, title, digits)
+
+
+TICKS = [m * 10**e for e in range(-5, 4) for m in (1, 2, 5)]  # of the axes above
+
+
+def count_confusions(logits: Tensor, labels: Tensor) -> Tensor:
+    """(10, 10) int64: how often the row's digit was read as the column's."""
+    pairs = 10 * labels + logits.argmax(1)
+    return torch.bincount(pairs, minlength=100).view(10, 10).cpu()
+
+
+def most_confused(counts: Tensor, most: int = 5) -> list[dict]:
+    """The most frequent mistakes in a confusion matrix, the worst first."""
+    wrong = counts.clone().fill_diagonal_(0).flatten()
+    ranked = wrong.argsort(descending=True, stable=True)[:most].tolist()
+    pairs = ((divmod(i, 10), wrong[i].item()) for i in ranked)
+    return [{"true": t, "predicted": p, "count": n} for (t, p), n in pairs if n]
+
+
+def plot_confusion(options, counts: Tensor, title: str, digits: Digits) -> None:
+    """Confusion matrix; colour is for the mistakes, which the diagonal would drown."""
+    figure = Figure(figsize=(7, 6.5), layout="constrained")
+    axes = figure.subplots()
+    wrong = counts.clone().fill_diagonal_(0)
+    axes.imshow(wrong.numpy(), cmap="Oranges", vmax=max(1, 1.5 * wrong.max().item()))
+    for i, count in enumerate(counts.flatten().tolist()):
+        true, predicted = divmod(i, 10)
+        color = "0.55" if true == predicted else "black"
+        axes.text(predicted, true, count or "", ha="center", va="center", color=color)
+    axes.set(xlabel="predicted digit", ylabel="true digit")
+    axes.set(xticks=range(10), yticks=range(10))
+    save_figure(options, "confusion", figure, title, digits)
+
+
+def draw_images(grid, images: Tensor, captions=None) -> None:
+    """One image (1, 28, 28) to each axes of `grid`, dark on light as on paper."""
+    for axes in grid:
+        axes.axis("off")
+    for i, (axes, image) in enumerate(zip(grid, images, strict=False)):
+        axes.imshow(image[0].cpu().numpy(), cmap="gray_r", vmin=0, vmax=255)
+        if captions:
+            axes.set_title(captions[i], fontsize=9)
+
+
+# -------------------------------------------------------------------------------------
+# Reports and command line
+# -------------------------------------------------------------------------------------
+def mean_std(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (None for a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if values[1:] else None
+
+
+def describe(seeds: list[Run]) -> str:
+    """Test accuracy as "99.27 ± 0.05 % (5 seeds)", or "99.27 % (1 seed)"."""
+    mean, std = mean_std([run.scores["test_accuracy"] for run in seeds])
+    if std is None:
+        return f"{mean:.2f} % (1 seed)"
+    return f"{mean:.2f} ± {std:.2f} % ({len(seeds)} seeds)"
+
+
+def write_log(options, histories: dict[str, list[History]]) -> None:
+    """<stem>.csv: a row for each run and epoch."""
+    rows = [
+        {"run": label, "seed": seed} | row
+        for label, seeds in histories.items()
+        for seed, history in zip(options.seeds, seeds, strict=False)
+        for row in history.rows
+    ]
+    writer = csv.DictWriter(file := io.StringIO(), rows[0], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        floats = {k: f"{v:.6g}" for k, v in row.items() if isinstance(v, float)}
+        writer.writerow(row | floats)
+    write_file(f"{options.stem}.csv", file.getvalue().encode())
+
+
+def report(runs: dict[str, list[Run]], digits: Digits, options) -> None:
+    """Write <stem>.csv and <stem>.json, and print a line for each label.
+
+    A run that diverged ends the program with exit code 1, after all is written.
+    """
+    write_log(options, {k: [run.history for run in seeds] for k, seeds in runs.items()})
+    sizes = {
+        part: len(getattr(digits, part).labels) for part in ("train", "val", "test")
+    }
+    results = {
+        "script": options.script,
+        "data": {"source": digits.source, **sizes},
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": options.device.type,
+            "threads": torch.get_num_threads(),
+            "precision": options.precision,
+        },
+        "runs": {},
+    }
+    print(
+        f"{digits.source}: " + ", ".join(f"{n:,} {part}" for part, n in sizes.items())
+    )
+    print(f"{'run':<24}{'parameters':>12}{'epochs':>8}{'seconds':>9}   test accuracy")
+    for label, seeds in runs.items():
+        parameters, scores = count_parameters(seeds[0].model), [r.scores for r in seeds]
+        mean, std = mean_std([s["test_accuracy"] for s in scores])
+        results["runs"][label] = {
+            "parameters": parameters,
+            "config": seeds[0].history.config,
+            "seeds": scores,
+            "mean": mean,
+            "std": std,
+        }
+        epochs, seconds = (
+            statistics.fmean(s[k] for s in scores) for k in ("epochs", "seconds")
+        )
+        print(
+            f"{label:<24}{parameters:>12,}{epochs:>8.1f}{seconds:>9.1f}   {describe(seeds)}"
+        )
+    # JSON has no word for a number that is not finite: it becomes null.
+    text = json.dumps(results)
+    results = json.loads(
+        text, parse_float=lambda t: round(float(t), 4), parse_constant=lambda _: None
+    )
+    write_file(f"{options.stem}.json", (json.dumps(results, indent=1) + "\n").encode())
+    print(f"log, results and plots: {options.stem}*")
+    if diverged := [
+        label for label, seeds in runs.items() if any(r.history.diverged for r in seeds)
+    ]:
+        sys.exit(f"training diverged: {', '.join(diverged)}; a lower --lr may help")
+
+
+def number(kind: type, least: float):
+    """A parser of finite numbers for argparse: at least 0 or 1, or, of floats, above."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+            if (value < least) if kind is int else not 0 < value < math.inf:
+                raise ValueError
+        except ValueError:
+            wanted = (
+                f"a whole number of at least {least}"
+                if kind is int
+                else "a number above 0"
+            )
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        return value
+
+    return parse
+
+
+def parse_options(script, doc, argv=None, *, epochs, batch_size, lr, resumable=False):
+    """The command line of the script in the file `script`, with its recipe's defaults.
+
+    Returns a namespace: epochs, batch_size, lr, seeds (a list), device (torch.device),
+    precision ("fp32" or "bf16"), data, data_dir, limit, resume, script (its path in
+    the project) and stem (what its outputs begin with). A bad value is one line, exit 2.
+    """
+    script = Path(script).resolve()
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=layout)
+    parser.error = lambda message: parser.exit(2, f"{script.name}: {message}\n")
+    add, positive = parser.add_argument, number(int, 1)
+    add("--epochs", type=positive, default=epochs, help="at most (%(default)s)")
+    add("--batch-size", type=positive, default=batch_size, help="(%(default)s)")
+    add("--lr", type=number(float, 0), default=lr, help="learning rate (%(default)s)")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=number(int, 0), default=0, help="(%(default)s)")
+    seeds.add_argument("--seeds", type=positive, metavar="N", help="run 0, 1, .. N-1")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    add("--data", choices=["auto", "mnist", "synthetic"], default="auto")
+    data_dir = os.environ.get("MNIST_DIR") or ROOT / "data"
+    add("--data-dir", type=Path, default=data_dir, help="(MNIST_DIR, or data/)")
+    add("--out-dir", type=Path, default=script.parent, help="(beside the script)")
+    add("--limit", type=positive, metavar="N", help="train on the first N images")
+    if resumable:
+        add("--resume", action="store_true", help="continue a run that was stopped")
+    options = parser.parse_args(argv)
+
+    devices = available_devices()
+    if options.device not in ("auto", *devices):
+        parser.error(
+            f"--device {options.device}: not here; there is {', '.join(devices)}"
+        )
+    options.device = torch.device(
+        devices[0] if options.device == "auto" else options.device
+    )
+    if options.precision == "auto":
+        options.precision = "bf16" if has_native_bf16(options.device) else "fp32"
+    options.seeds = list(range(options.seeds)) if options.seeds else [options.seed]
+    options.script = script.relative_to(ROOT).as_posix()
+    options.stem = options.out_dir.resolve() / script.stem
+    try:  # now, not after the training
+        options.out_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.out_dir).close()
+    except OSError as error:
+        parser.error(f"--out-dir {options.out_dir}: cannot write: {error.strerror}")
+    return options
