@@ -503,7 +503,10 @@ def fit(
     config |= {
         key: optimizer.defaults[key] for key in named if optimizer.defaults.get(key)
     }
-    config |= {"scheduler": type(scheduler).__name__ if scheduler else None}
+    config["scheduler"] = scheduler and {
+        "name": type(scheduler).__name__,
+        **{k: v for k, v in scheduler.state_dict().items() if k[0] != "_" and v},
+    }
     config |= {"batch_size": batch_size, "epochs": epochs, "patience": patience}
     config |= {"precision": precision}
     history, best = History(config), copy.deepcopy(model.state_dict())
@@ -537,7 +540,7 @@ def fit(
                 break
             clock, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
             losses = torch.zeros(steps, device=device)
-            total, correct, seen = torch.zeros(()), 0, 0
+            total = correct = seen = 0
             model.train()
             for step, (images, labels) in enumerate(batches(train, batch_size, order)):
                 with torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
@@ -635,7 +638,7 @@ def train_all(train, labels, digits: Digits, options) -> dict[str, list[Run]]:
     runs = {label: [] for label in labels}
     histories = {}
     try:
-        for label in runs:
+        for label in labels:
             for seed in options.seeds:
                 print(f"{label}, seed {seed}, {digits.source}:", flush=True)
                 model, history = train(digits, options, label, seed)

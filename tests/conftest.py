@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402
+import common
 
 MNIST_DIR = Path(os.environ.get("MNIST_DIR") or ROOT / "data")
 needs_mnist = pytest.mark.skipif(

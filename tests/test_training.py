@@ -251,7 +251,7 @@ def test_resuming_a_finished_run_trains_no_further(tiny, tmp_path):
 )
 def test_every_piece_of_the_checkpoint_is_needed(tiny, tmp_path, monkeypatch, piece):
     """Put the piece's initial state in the place of its state after two epochs: the result must differ."""
-    options = {"scheduled": True, "lr": 0.003}
+    options = {"scheduled": piece != "history", "lr": 0.003}
     stopped(tiny, tmp_path / "initial.pt", monkeypatch, 0, **options)
     stopped(tiny, tmp_path / "c.pt", monkeypatch, 14, **options)
     state = torch.load(tmp_path / "c.pt", weights_only=True)
