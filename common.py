@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -84,12 +85,8 @@ MEAN, STD = 0.1307, 0.3081  # of the training pixels, scaled to 0-1
 VAL_SHARE = 12  # one training image in 12 is for validation: 5,000 of 60,000
 SPLIT_SEED = 2024  # the same validation images in every run of every script
 DOWNLOAD_SECONDS = 120  # for all four files, 11 MB
-MNIST_FILES = [
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-]
+KINDS = "images-idx3-ubyte", "labels-idx1-ubyte"
+MNIST_FILES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in KINDS]
 
 
 class Split(NamedTuple):
@@ -110,31 +107,33 @@ class Digits(NamedTuple):
 
 def normalize(images: Tensor) -> Tensor:
     """Pixels 0-255, uint8 or float -> float32 with MNIST's mean at 0 and deviation 1."""
-    return images.to(torch.float32).mul_(1 / (255 * STD)).sub_(MEAN / STD)
+    return images.float().mul(1 / (255 * STD)).sub_(MEAN / STD)
 
 
-def load_digits(data_dir, source="auto", limit=None, device="cpu") -> Digits:
-    """Load MNIST from `data_dir` (torchvision's layout; downloaded if missing), or draw
-    the stand-in, and put it on `device`; `limit` keeps the first training images only.
+def load_digits(options) -> Digits:
+    """The digits that the command line asks for, on its device (see `parse_options`).
 
-    `source`: "mnist" takes MNIST or exits, "synthetic" the stand-in, "auto" falls back
-    to the stand-in, with a warning, where MNIST cannot be had. Broken files always end
-    the program: they should be looked at, not papered over.
+    `options.data`: "mnist" takes MNIST from `data_dir`, in torchvision's layout, and
+    downloads it if it is missing; "synthetic" draws the stand-in; "auto" falls back to
+    the stand-in, with a warning, where MNIST cannot be had. Broken files always end the
+    program: they should be looked at, not papered over. `limit` keeps the first
+    training images only.
     """
-    if source != "synthetic":
+    folder, wanted = options.data_dir, (options.limit, options.device)
+    if options.data != "synthetic":
         try:
-            return split_digits(*read_mnist(data_dir), "MNIST", limit, device)
+            return split_digits(*read_mnist(folder), "MNIST", *wanted)
         except ValueError as error:
             sys.exit(f"{error}; delete the file to download it again")
         except OSError as error:
-            reason = f"MNIST is not in {data_dir} and cannot be downloaded ({error})"
+            reason = f"MNIST is not in {folder} and cannot be downloaded ({error})"
             remedy = "put its files into MNIST/raw there, or give --data-dir"
-            if source == "mnist":
+            if options.data == "mnist":
                 sys.exit(f"{reason}; {remedy}")
             print(f"WARNING: {reason}; {remedy}.", file=sys.stderr)
             print("WARNING: this run uses the synthetic stand-in.", file=sys.stderr)
     drawn = *draw_digits(60_000, seed=0), *draw_digits(10_000, seed=1)
-    return split_digits(*drawn, "synthetic stand-in", limit, device)
+    return split_digits(*drawn, "synthetic stand-in", *wanted)
 
 
 def split_digits(images, labels, test_images, test_labels, source, limit, device):
@@ -196,7 +195,7 @@ def download_mnist(raw: Path, names: list[str]) -> None:
     def download(folder):
         try:
             outcome.append(MNIST(folder, download=True))
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is reported below
             outcome.append(error)
 
     raw.mkdir(parents=True, exist_ok=True)
@@ -218,15 +217,64 @@ def download_mnist(raw: Path, names: list[str]) -> None:
             os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
 
 
-def batches(split: Split, size: int, generator: torch.Generator):
+def batches(split: Split, size: int, order: torch.Generator, augment=None):
     """Yield (images float32 (B, 1, 28, 28), labels (B,)), every image once, in an order
-    drawn from `generator` (on the CPU); the last batch may be smaller.
+    drawn from `order` (on the CPU); the last batch may be smaller. `augment` changes
+    the images, as floats 0-255, before they are normalized.
 
     On resident tensors a batch is one indexing, which needs no worker processes.
     """
-    order = torch.randperm(len(split.labels), generator=generator)
-    for rows in order.to(split.labels.device).split(size):
-        yield normalize(split.images[rows]), split.labels[rows]
+    permutation = torch.randperm(len(split.labels), generator=order)
+    for rows in permutation.to(split.labels.device).split(size):
+        images = split.images[rows]
+        if augment:
+            images = augment(images.float())
+        yield normalize(images), split.labels[rows]
+
+
+# -------------------------------------------------------------------------------------
+# Augmentation: on whole batches, where they lie
+# -------------------------------------------------------------------------------------
+def affine(images: Tensor, angle: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Turn, scale and move each of `images`, float (B, 1, 28, 28), about its centre.
+
+    angle (B,) in degrees, clockwise; shift (B, 2) in pixels, right and down; scale (B,).
+    The same as torchvision's `affine`, bilinear, with 0 beyond the border.
+    """
+    turn, reach = torch.deg2rad(angle), 28 / 2
+    cos, sin = turn.cos() / scale, turn.sin() / scale
+    x, y = (shift / reach).unbind(1)
+    rows = [cos, sin, -cos * x - sin * y, -sin, cos, sin * x - cos * y]
+    theta = torch.stack(rows, 1).view(-1, 2, 3)  # takes a pixel back to where it was
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def random_affine(
+    images: Tensor,
+    generator: torch.Generator,
+    degrees=(),
+    shift=0.0,
+    scale=0.0,
+    crop=0.0,
+) -> Tensor:
+    """Images, float (B, 1, 28, 28), with 0 as background, each changed in its own way:
+    turned by up to +-`degrees` (several turns add up), moved by up to +-`shift` pixels
+    and scaled by 1 +- `scale`, all uniform; with probability `crop`, first cut to the
+    central 22 x 22 pixels and resized."""
+
+    def uniform(*shape):
+        shape = len(images), *shape
+        return torch.rand(shape, generator=generator, device=images.device) * 2 - 1
+
+    if crop:
+        chosen = (uniform() < 2 * crop - 1).nonzero().flatten()
+        centre = images[chosen, :, 3:25, 3:25]
+        resized = F.interpolate(centre, size=28, mode="bilinear")
+        images = images.index_copy(0, chosen, resized)
+    angle = sum((limit * uniform() for limit in degrees), torch.zeros(1))
+    angle = angle.to(images.device).expand(len(images))
+    return affine(images, angle, shift * uniform(2), 1 + scale * uniform())
 
 
 # -------------------------------------------------------------------------------------
@@ -276,9 +324,13 @@ SKELETONS = {
 }
 
 
+# Catmull-Rom spline: powers of t (rows), 0 to 3, by the four points about a segment.
+SPLINE = torch.tensor([[0, 2, 0, 0], [-1, 0, 1, 0], [2, -5, 4, -1], [-1, 3, -3, 1]]) / 2
+
+
 def skeleton_path(text: str) -> tuple[Tensor, Tensor]:
     """The points (K, 2) of a skeleton and the matrix (P, K) that takes them to P places
-    along its path: a Catmull-Rom spline, sampled at least every 0.8 grid units."""
+    along its path, at most 0.8 grid units apart."""
     grid = "abcdefghijklmnopqrstu"
     strokes = [list(zip(s[::2], s[1::2], strict=True)) for s in text.split("-")]
     names = list(dict.fromkeys(point for stroke in strokes for point in stroke))
@@ -286,16 +338,11 @@ def skeleton_path(text: str) -> tuple[Tensor, Tensor]:
     rows = []
     for stroke in strokes:
         ends = [names.index(point) for point in (stroke[0], *stroke, stroke[-1])]
-        for a, b, c, d in zip(ends, ends[1:], ends[2:], ends[3:], strict=False):
-            length = max(0.8, (points[b] - points[c]).norm().item())
-            for t in torch.arange(0, 1, 0.8 / length).tolist():
-                row = torch.zeros(len(points))
-                row[a] += (-t + 2 * t**2 - t**3) / 2
-                row[b] += (2 - 5 * t**2 + 3 * t**3) / 2
-                row[c] += (t + 4 * t**2 - 3 * t**3) / 2
-                row[d] += (t**3 - t**2) / 2
-                rows.append(row)
-    return points, torch.stack(rows)
+        for four in zip(ends, ends[1:], ends[2:], ends[3:], strict=False):
+            length = (points[four[1]] - points[four[2]]).norm().clamp(min=0.8).item()
+            t = torch.arange(0, 1, 0.8 / length).unsqueeze(1) ** torch.arange(4)
+            rows.append(t @ SPLINE @ torch.eye(len(points))[list(four)])
+    return points, torch.cat(rows)
 
 
 def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -376,6 +423,36 @@ def baseline_cnn(dropout: float = 0.5) -> nn.Sequential:
         nn.Dropout(dropout),
         nn.Linear(128, 10),
     )
+
+
+def advanced_combo_cnn(dropout: float = 0.5) -> nn.Sequential:
+    """AdvancedComboCNN: kernels of 5, 3 and 1, BatchNorm, LeakyReLU and global average
+    pooling in one network; (B, 1, 28, 28) -> logits (B, 10), with 29,386 parameters.
+
+    Convolutions are initialised after He et al. 2015 (arXiv:1502.01852). Max-pool
+    stands before LeakyReLU, with which it commutes.
+    """
+    model = nn.Sequential(
+        nn.Conv2d(1, 32, 5),
+        nn.BatchNorm2d(32),
+        nn.MaxPool2d(2),  # -> (B, 32, 12, 12)
+        nn.LeakyReLU(),
+        nn.Conv2d(32, 64, 3),
+        nn.BatchNorm2d(64),
+        nn.MaxPool2d(2),  # -> (B, 64, 5, 5)
+        nn.LeakyReLU(),
+        nn.Conv2d(64, 128, 1),
+        nn.BatchNorm2d(128),
+        nn.LeakyReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),  # -> (B, 128)
+        nn.Dropout(dropout),
+        nn.Linear(128, 10),
+    )
+    for layer in model:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, a=0.01, nonlinearity="leaky_relu")
+    return model
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -472,6 +549,7 @@ def fit(
     batch_size: int,
     seed: int = 0,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     patience: int | None = None,
     precision: str = "fp32",
     checkpoint: Path | None = None,
@@ -482,6 +560,7 @@ def fit(
 
     seed        of the batch order, which no dropout and no evaluation can shift
     scheduler   stepped after every batch
+    augment     (images float (B, 1, 28, 28) of 0-255, generator) -> images
     patience    epochs without a better one after which training stops; None: never
     precision   "bf16" puts the model's pass under autocast; weights, loss and
                 evaluation stay fp32
@@ -493,22 +572,22 @@ def fit(
     device, count = train.labels.device, len(train.labels)
     steps = math.ceil(count / batch_size)
     order = torch.Generator().manual_seed(seed)
+    noise = torch.Generator(device).manual_seed(seed)
+    change = augment and (lambda images: augment(images, noise))
     # Dropout draws from the device's own generator, which the caller has seeded.
     rng = torch.random if device.type == "cpu" else torch.get_device_module(device)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    parts = {name: part for name, part in parts.items() if part}
+    parts = {name: part for name, part in parts.items() if part is not None}
 
-    named = "lr", "momentum", "nesterov", "weight_decay"
-    config = {"optimizer": type(optimizer).__name__}
-    config |= {
-        key: optimizer.defaults[key] for key in named if optimizer.defaults.get(key)
-    }
-    config["scheduler"] = scheduler and {
-        "name": type(scheduler).__name__,
-        **{k: v for k, v in scheduler.state_dict().items() if k[0] != "_" and v},
-    }
-    config |= {"batch_size": batch_size, "epochs": epochs, "patience": patience}
-    config |= {"precision": precision}
+    config = {"batch_size": batch_size, "epochs": epochs, "patience": patience}
+    config |= {"precision": precision, "augment": getattr(augment, "keywords", None)}
+    config |= {"optimizer": type(optimizer).__name__}
+    for key in ("lr", "momentum", "nesterov", "weight_decay"):
+        if optimizer.defaults.get(key):
+            config[key] = optimizer.defaults[key]
+    if scheduler:
+        public = {k: v for k, v in scheduler.state_dict().items() if v and k[0] != "_"}
+        config["scheduler"] = {"name": type(scheduler).__name__} | public
     history, best = History(config), copy.deepcopy(model.state_dict())
     identity = config | {"seed": seed, "network": repr(model), "images": count}
     identity |= {"data": train.images.sum().item()}  # another data set, another sum
@@ -516,7 +595,8 @@ def fit(
     def save():
         if checkpoint:
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"order": order.get_state(), "rng": rng.get_rng_state()}
+            state |= {"order": order.get_state(), "noise": noise.get_state()}
+            state |= {"rng": rng.get_rng_state()}
             state |= {"identity": identity, "best": best, "history": asdict(history)}
             torch.save(state, buffer := io.BytesIO())
             write_file(checkpoint, buffer.getvalue())
@@ -526,6 +606,7 @@ def fit(
         for name, part in parts.items():
             part.load_state_dict(state[name])
         order.set_state(state["order"])
+        noise.set_state(state["noise"])
         rng.set_rng_state(state["rng"])
         best, history = state["best"], History(**state["history"])
     else:
@@ -542,13 +623,12 @@ def fit(
             losses = torch.zeros(steps, device=device)
             total = correct = seen = 0
             model.train()
-            for step, (images, labels) in enumerate(batches(train, batch_size, order)):
+            epoch_batches = batches(train, batch_size, order, change)
+            for step, (images, labels) in enumerate(epoch_batches):
                 with torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
                     logits = model(images)
-                logits = (
-                    logits.float()
-                )  # the loss of bf16 logits would have three digits
-                loss = F.cross_entropy(logits, labels)
+                # In fp32: a loss computed in bf16 would have three digits.
+                loss = F.cross_entropy(logits.float(), labels)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -602,26 +682,24 @@ def epoch_line(history: History, epochs: int, left: float) -> str:
 
 def load_checkpoint(path: Path, identity: dict) -> dict:
     """The state that `fit` saved in `path` for the run that `identity` describes."""
+    broken = OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = state["identity"]
     except FileNotFoundError:
-        sys.exit(f"cannot resume: there is no {path} yet; run without --resume")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-        sys.exit(f"cannot resume: {path} is truncated or not a checkpoint")
-    except (KeyError, TypeError, IndexError):
-        sys.exit(f"cannot resume: {path} was not written by this program")
+        sys.exit(f"cannot resume: there is no {path}; run without --resume")
+    except broken:
+        sys.exit(f"cannot resume: {path} is truncated or not a checkpoint of ours")
     for key, now in identity.items():
         if saved.get(key) != now:
-            change = f"{key} was {saved.get(key)}, is {now}"
-            change = " ".join(change.split())
+            change = " ".join(f"{key} was {saved.get(key)}, is {now}".split())
             sys.exit(f"cannot resume: {path} is of another configuration: {change}")
     return state
 
 
 class Run(NamedTuple):
-    """A training that ended: the model with its best weights; its scores as a dict, a
-    `seeds` entry of the results file; and its logits (N, 10) for the test images."""
+    """A training that ended: the model with its best weights; its scores, which are an
+    entry of the results file; and its logits (N, 10) for the test images."""
 
     model: nn.Module
     history: History
@@ -635,33 +713,18 @@ def train_all(train, labels, digits: Digits, options) -> dict[str, list[Run]]:
     Only here is the test split read, once for each run, after its weights are chosen.
     Ctrl-C writes log and curves of the epochs so far and ends the program with 130.
     """
-    runs = {label: [] for label in labels}
-    histories = {}
+    runs, histories = {label: [] for label in labels}, {}
     try:
         for label in labels:
             for seed in options.seeds:
                 print(f"{label}, seed {seed}, {digits.source}:", flush=True)
                 model, history = train(digits, options, label, seed)
                 histories.setdefault(label, []).append(history)
-                logits = predict(model, digits.test.images)
-                test = score(logits, digits.test.labels)
-                counts = count_confusions(logits, digits.test.labels)
-                scores = {
-                    "seed": seed,
-                    "test_accuracy": test.accuracy,
-                    "test_loss": test.loss,
-                    "val_accuracy": evaluate(model, digits.val).accuracy,
-                    "train_accuracy": evaluate(model, digits.train).accuracy,
-                    "epochs": len(history.rows),
-                    "best_epoch": history.best_epoch,
-                    "seconds": sum(row["seconds"] for row in history.rows),
-                    "health": ["diverged"] * history.diverged,
-                    "most_confused": most_confused(counts),
-                }
-                runs[label].append(Run(model, history, scores, logits))
-                print(
-                    f"test accuracy {test.accuracy:.2f} %, epoch {history.best_epoch}\n"
-                )
+                run = conclude(model, history, seed, digits)
+                runs[label].append(run)
+                for goal in (99, 99.4):
+                    print(f"{goal} % validation accuracy: {first_epoch(history, goal)}")
+                print(f"test accuracy {run.scores['test_accuracy']:.2f} %\n")
     except KeyboardInterrupt as stop:
         if isinstance(stop, Interrupted) and stop.history.rows:
             histories.setdefault(label, []).append(stop.history)
@@ -671,6 +734,41 @@ def train_all(train, labels, digits: Digits, options) -> dict[str, list[Run]]:
         print(f"interrupted; what there is lies in {options.stem.parent}", flush=True)
         sys.exit(130)
     return runs
+
+
+def conclude(model: nn.Module, history: History, seed: int, digits: Digits) -> Run:
+    """Score the final weights on all three splits."""
+    logits, labels = predict(model, digits.test.images), digits.test.labels
+    test = score(logits, labels)
+    scores = {
+        "seed": seed,
+        "test_accuracy": test.accuracy,
+        "test_loss": test.loss,
+        "val_accuracy": evaluate(model, digits.val).accuracy,
+        "train_accuracy": evaluate(model, digits.train).accuracy,
+        "epochs": len(history.rows),
+        "best_epoch": history.best_epoch,
+        "seconds": sum(row["seconds"] for row in history.rows),
+        "health": ["diverged"] * history.diverged,
+        "most_confused": most_confused(count_confusions(logits, labels)),
+    }
+    return Run(model, history, scores, logits)
+
+
+def first_epoch(history: History, goal: float) -> str:
+    """When the validation accuracy first reached `goal` percent, in words."""
+    epochs = [r["epoch"] for r in history.rows if r["val_accuracy"] >= goal]
+    return f"first in epoch {epochs[0]}" if epochs else "never"
+
+
+def best_run(seeds: list[Run]) -> Run:
+    """Of several seeds the one that validates best, for what shows a single network."""
+    return max(seeds, key=lambda run: run.scores["val_accuracy"])
+
+
+def histories_of(runs: dict[str, list[Run]]) -> dict[str, list[History]]:
+    """The histories of all runs, for the log and the curves."""
+    return {label: [run.history for run in seeds] for label, seeds in runs.items()}
 
 
 # -------------------------------------------------------------------------------------
@@ -689,6 +787,9 @@ def save_figure(options, what: str, figure: Figure, title: str, digits: Digits) 
     write_file(f"{options.stem}_{what}.png", buffer.getvalue())
 
 
+TICKS = [m * 10**e for e in range(-5, 4) for m in (1, 2, 5)]
+
+
 def plot_curves(options, histories: dict, title: str, digits: Digits) -> None:
     """Loss and accuracy by epoch: a thin line for each seed, a bold one for their mean
     as far as all went. A single label has a colour each for training and validation,
@@ -696,31 +797,27 @@ def plot_curves(options, histories: dict, title: str, digits: Digits) -> None:
 
     Accuracy is spaced by the logarithm of the error: 10 % and 99.5 % both can be read.
     """
+    single = len(histories) == 1
     figure = Figure(figsize=(12, 5), layout="constrained")
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        ends = []
         for i, (label, seeds) in enumerate(histories.items()):
             for part, name in (("train", "training"), ("val", "validation")):
-                color = COLORS[i if len(histories) > 1 else part == "train"]
-                dashed = "--" if part == "train" and len(histories) > 1 else "-"
+                color = COLORS[part == "train" if single else i]
+                style = "--" if part == "train" and not single else "-"
                 lines = [[row[f"{part}_{quantity}"] for row in h.rows] for h in seeds]
                 if quantity == "accuracy":
                     lines = [[max(100 - y, 0.01) for y in line] for line in lines]
                 for line, history in zip(lines, seeds, strict=True):
-                    epochs, best = range(1, len(line) + 1), history.best_epoch
-                    axes.plot(epochs, line, dashed, color=color, alpha=0.3, lw=1)
+                    best = history.best_epoch
+                    axes.plot(range(1, len(line) + 1), line, style, color=color, lw=0.5)
                     if part == "val":
                         look = {"marker": MARKERS[i], "fillstyle": "none"}
                         axes.plot(best, line[best - 1], color=color, **look)
-                shared = list(zip(*lines, strict=False))  # as far as the shortest goes
-                mean = [statistics.fmean(values) for values in shared]
-                axes.plot(range(1, len(mean) + 1), mean, dashed, color=color, lw=2.5)
-                text = name if len(histories) == 1 else f"{label}, {name}"
-                place = {
-                    "xytext": (8, 0),
-                    "textcoords": "offset points",
-                    "va": "center",
-                }
-                axes.annotate(text, (len(mean), mean[-1]), color=color, **place)
+                mean = [statistics.fmean(y) for y in zip(*lines, strict=False)]
+                axes.plot(range(1, len(mean) + 1), mean, style, color=color, lw=2.5)
+                if single or part == "val":
+                    ends.append((len(mean), mean[-1], name if single else label, color))
         axes.set(xlabel="epoch", yscale="log", ylabel="loss (cross-entropy, nats)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
@@ -732,11 +829,22 @@ def plot_curves(options, histories: dict, title: str, digits: Digits) -> None:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 - y:g}"))
             axes.set_ylabel("accuracy (%)")
             axes.invert_yaxis()
-    figure.supxlabel("open markers: the epoch whose weights were kept", fontsize=9)
+        label_ends(axes, ends)
+    note = "open markers: the epoch whose weights were kept"
+    figure.supxlabel(note + "; dashed: training" * (not single), fontsize=9)
     save_figure(options, "curves", figure, title, digits)
 
 
-TICKS = [m * 10**e for e in range(-5, 4) for m in (1, 2, 5)]  # of the axes above
+def label_ends(axes, ends: list[tuple]) -> None:
+    """Write (x, y, text, colour) right of the ends of lines, each clear of the next."""
+    below = -math.inf
+    for x, y, text, color in sorted(
+        ends, key=lambda e: axes.transData.transform(e[:2])[1]
+    ):
+        height = axes.transData.transform((x, y))[1]
+        below = max(height, below + 18)  # pixels, a line of text
+        place = {"textcoords": "offset pixels", "va": "center", "color": color}
+        axes.annotate(text, (x, y), (10, below - height), **place)
 
 
 def count_confusions(logits: Tensor, labels: Tensor) -> Tensor:
@@ -753,10 +861,11 @@ def most_confused(counts: Tensor, most: int = 5) -> list[dict]:
     return [{"true": t, "predicted": p, "count": n} for (t, p), n in pairs if n]
 
 
-def plot_confusion(options, counts: Tensor, title: str, digits: Digits) -> None:
+def plot_confusion(options, run: Run, digits: Digits, what: str = "confusion") -> None:
     """Confusion matrix; colour is for the mistakes, which the diagonal would drown."""
     figure = Figure(figsize=(7, 6.5), layout="constrained")
     axes = figure.subplots()
+    counts = count_confusions(run.test_logits, digits.test.labels)
     wrong = counts.clone().fill_diagonal_(0)
     axes.imshow(wrong.numpy(), cmap="Oranges", vmax=max(1, 1.5 * wrong.max().item()))
     for i, count in enumerate(counts.flatten().tolist()):
@@ -765,17 +874,32 @@ def plot_confusion(options, counts: Tensor, title: str, digits: Digits) -> None:
         axes.text(predicted, true, count or "", ha="center", va="center", color=color)
     axes.set(xlabel="predicted digit", ylabel="true digit")
     axes.set(xticks=range(10), yticks=range(10))
-    save_figure(options, "confusion", figure, title, digits)
+    title = f"{wrong.sum()} of {len(digits.test.labels):,} test digits are misread"
+    if pairs := run.scores["most_confused"]:
+        worst = "{true} as {predicted} ({count}x)".format(**pairs[0])
+        title += f", most often {worst}"
+    save_figure(options, what, figure, title, digits)
 
 
-def draw_images(grid, images: Tensor, captions=None) -> None:
-    """One image (1, 28, 28) to each axes of `grid`, dark on light as on paper."""
-    for axes in grid:
-        axes.axis("off")
-    for i, (axes, image) in enumerate(zip(grid, images, strict=False)):
-        axes.imshow(image[0].cpu().numpy(), cmap="gray_r", vmin=0, vmax=255)
-        if captions:
-            axes.set_title(captions[i], fontsize=9)
+def plot_runs(options, runs: dict[str, list[Run]], title: str, digits: Digits) -> None:
+    """The curves of all runs, and the confusion matrix of the best of each label."""
+    plot_curves(options, histories_of(runs), title, digits)
+    for label, seeds in runs.items():
+        what = "confusion" if len(runs) == 1 else f"confusion_{slug(label)}"
+        plot_confusion(options, best_run(seeds), digits, what)
+
+
+def draw_images(axes, images: Tensor, columns: int, captions: list[str] = ()) -> None:
+    """Images (N, 1, 28, 28) in rows of `columns`, dark on light as on paper; captions
+    of two short lines stand above them."""
+    top = 14 if captions else 2  # pixels
+    tiles = F.pad(images.cpu(), (2, 2, top, 2, 0, 0, 0, -len(images) % columns))
+    tiles = tiles.reshape(-1, columns, 30 + top, 32).transpose(1, 2).flatten(2)
+    axes.imshow(tiles.flatten(0, 1).numpy(), cmap="gray_r", vmin=0, vmax=255)
+    for i, caption in enumerate(captions):
+        x, y = 32 * (i % columns) + 16, (30 + top) * (i // columns) + top
+        axes.text(x, y, caption, ha="center", va="bottom", fontsize=9)
+    axes.axis("off")
 
 
 # -------------------------------------------------------------------------------------
@@ -786,12 +910,17 @@ def mean_std(values: list[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if values[1:] else None
 
 
-def describe(seeds: list[Run]) -> str:
-    """Test accuracy as "99.27 ± 0.05 % (5 seeds)", or "99.27 % (1 seed)"."""
-    mean, std = mean_std([run.scores["test_accuracy"] for run in seeds])
+def describe(scores: list[dict]) -> str:
+    """Test accuracy of the seeds as "99.27 ± 0.05 % (5 seeds)" or "99.27 % (1 seed)"."""
+    mean, std = mean_std([seed["test_accuracy"] for seed in scores])
     if std is None:
         return f"{mean:.2f} % (1 seed)"
-    return f"{mean:.2f} ± {std:.2f} % ({len(seeds)} seeds)"
+    return f"{mean:.2f} ± {std:.2f} % ({len(scores)} seeds)"
+
+
+def slug(label: str) -> str:
+    """A label as a part of a file's name."""
+    return label.replace(" ", "-")
 
 
 def write_log(options, histories: dict[str, list[History]]) -> None:
@@ -811,17 +940,16 @@ def write_log(options, histories: dict[str, list[History]]) -> None:
 
 
 def report(runs: dict[str, list[Run]], digits: Digits, options) -> None:
-    """Write <stem>.csv and <stem>.json, and print a line for each label.
+    """Write <stem>.csv and <stem>.json; print a line for each label and, to compare
+    with, for the recorded baseline.
 
     A run that diverged ends the program with exit code 1, after all is written.
     """
-    write_log(options, {k: [run.history for run in seeds] for k, seeds in runs.items()})
-    sizes = {
-        part: len(getattr(digits, part).labels) for part in ("train", "val", "test")
-    }
+    write_log(options, histories_of(runs))
+    parts = zip(Digits._fields, digits[:3], strict=False)
     results = {
         "script": options.script,
-        "data": {"source": digits.source, **sizes},
+        "data": {"source": digits.source} | {name: len(p.labels) for name, p in parts},
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -831,35 +959,31 @@ def report(runs: dict[str, list[Run]], digits: Digits, options) -> None:
         },
         "runs": {},
     }
-    print(
-        f"{digits.source}: " + ", ".join(f"{n:,} {part}" for part, n in sizes.items())
-    )
-    print(f"{'run':<24}{'parameters':>12}{'epochs':>8}{'seconds':>9}   test accuracy")
     for label, seeds in runs.items():
-        parameters, scores = count_parameters(seeds[0].model), [r.scores for r in seeds]
-        mean, std = mean_std([s["test_accuracy"] for s in scores])
+        mean, std = mean_std([run.scores["test_accuracy"] for run in seeds])
         results["runs"][label] = {
-            "parameters": parameters,
+            "parameters": count_parameters(seeds[0].model),
             "config": seeds[0].history.config,
-            "seeds": scores,
+            "seeds": [run.scores for run in seeds],
             "mean": mean,
             "std": std,
         }
-        epochs, seconds = (
-            statistics.fmean(s[k] for s in scores) for k in ("epochs", "seconds")
-        )
-        print(
-            f"{label:<24}{parameters:>12,}{epochs:>8.1f}{seconds:>9.1f}   {describe(seeds)}"
-        )
-    # JSON has no word for a number that is not finite: it becomes null.
-    text = json.dumps(results)
-    results = json.loads(
-        text, parse_float=lambda t: round(float(t), 4), parse_constant=lambda _: None
-    )
-    write_file(f"{options.stem}.json", (json.dumps(results, indent=1) + "\n").encode())
+    text = json.dumps(results)  # which has no word for what is not finite: it is null
+    four, null = (lambda number: round(float(number), 4)), (lambda _: None)
+    text = json.dumps(json.loads(text, parse_float=four, parse_constant=null), indent=1)
+    write_file(f"{options.stem}.json", f"{text}\n".encode())
+
+    shown, recorded = results["runs"], ROOT / "q1_baseline.json"
+    if options.script != "q1_baseline.py" and recorded.exists():
+        baseline = json.loads(recorded.read_text())
+        if baseline["data"] == results["data"]:
+            shown = {"(Q1 baseline)": baseline["runs"]["baseline"]} | shown
+    print(f"{digits.source}\n{'run':<24}{'parameters':>12}   test accuracy")
+    for label, run in shown.items():
+        print(f"{label:<24}{run['parameters']:>12,}   {describe(run['seeds'])}")
     print(f"log, results and plots: {options.stem}*")
     if diverged := [
-        label for label, seeds in runs.items() if any(r.history.diverged for r in seeds)
+        k for k, seeds in histories_of(runs).items() if any(h.diverged for h in seeds)
     ]:
         sys.exit(f"training diverged: {', '.join(diverged)}; a lower --lr may help")
 
@@ -884,21 +1008,34 @@ def number(kind: type, least: float):
     return parse
 
 
-def parse_options(script, doc, argv=None, *, epochs, batch_size, lr, resumable=False):
-    """The command line of the script in the file `script`, with its recipe's defaults.
+def parse_options(
+    script,
+    doc,
+    argv=None,
+    *,
+    epochs=None,
+    batch_size=None,
+    lr=None,
+    networks=(),
+    resumable=False,
+):
+    """The command line of the script in the file `script`. Its recipe gives the
+    defaults; they stay None where each of its `networks` has a recipe of its own.
 
     Returns a namespace: epochs, batch_size, lr, seeds (a list), device (torch.device),
-    precision ("fp32" or "bf16"), data, data_dir, limit, resume, script (its path in
-    the project) and stem (what its outputs begin with). A bad value is one line, exit 2.
+    precision ("fp32" or "bf16"), data, data_dir, limit, resume, networks (a list),
+    script (its path in the project) and stem (what its outputs begin with). A bad value
+    is one line, exit code 2.
     """
     script = Path(script).resolve()
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=layout)
     parser.error = lambda message: parser.exit(2, f"{script.name}: {message}\n")
     add, positive = parser.add_argument, number(int, 1)
-    add("--epochs", type=positive, default=epochs, help="at most (%(default)s)")
-    add("--batch-size", type=positive, default=batch_size, help="(%(default)s)")
-    add("--lr", type=number(float, 0), default=lr, help="learning rate (%(default)s)")
+    recipe = "(%(default)s)" if epochs else "(each network's own)"
+    add("--epochs", type=positive, default=epochs, help=f"at most {recipe}")
+    add("--batch-size", type=positive, default=batch_size, help=recipe)
+    add("--lr", type=number(float, 0), default=lr, help=f"learning rate {recipe}")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=number(int, 0), default=0, help="(%(default)s)")
     seeds.add_argument("--seeds", type=positive, metavar="N", help="run 0, 1, .. N-1")
@@ -909,6 +1046,8 @@ def parse_options(script, doc, argv=None, *, epochs, batch_size, lr, resumable=F
     add("--data-dir", type=Path, default=data_dir, help="(MNIST_DIR, or data/)")
     add("--out-dir", type=Path, default=script.parent, help="(beside the script)")
     add("--limit", type=positive, metavar="N", help="train on the first N images")
+    if networks:
+        add("--only", choices=networks, help="train one network")
     if resumable:
         add("--resume", action="store_true", help="continue a run that was stopped")
     options = parser.parse_args(argv)
@@ -924,6 +1063,7 @@ def parse_options(script, doc, argv=None, *, epochs, batch_size, lr, resumable=F
     if options.precision == "auto":
         options.precision = "bf16" if has_native_bf16(options.device) else "fp32"
     options.seeds = list(range(options.seeds)) if options.seeds else [options.seed]
+    options.networks = [options.only] if networks and options.only else list(networks)
     options.script = script.relative_to(ROOT).as_posix()
     options.stem = options.out_dir.resolve() / script.stem
     try:  # now, not after the training

@@ -55,32 +55,32 @@ def train(digits, options, label, seed):
         patience=PATIENCE,
         precision=options.precision,
         checkpoint=path,
-        resume=options.resume and path.exists(),
+        resume=options.resume and path.exists(),  # later runs have not begun
     )
     return model, history
 
 
 def plot_samples(options, digits):
+    images, labels = digits.train
+    rows = [images[labels == digit][:10] for digit in range(10)]
     figure = Figure(figsize=(7, 7.5), layout="constrained")
-    for digit, row in enumerate(figure.subplots(10, 10)):
-        common.draw_images(row, digits.train.images[digits.train.labels == digit][:10])
+    common.draw_images(figure.subplots(), torch.cat(rows), columns=10)
     title = "The data: ten training images of each digit"
     common.save_figure(options, "samples", figure, title, digits)
 
 
 def plot_mistakes(options, digits, logits):
     """The wrong predictions of which the network was the surest, the surest first."""
-    labels = digits.test.labels
+    images, labels = digits.test
     confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != labels).nonzero().flatten()
     shown = wrong[confidence[wrong].argsort(descending=True, stable=True)][:40]
     captions = [
-        f"{labels[i]}, read as {predicted[i]}\n{100 * confidence[i]:.1f} % sure"
+        f"{labels[i]} read as {predicted[i]}\n{100 * confidence[i]:.1f} % sure"
         for i in shown
     ]
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    grid = figure.subplots(5, 8).flat
-    common.draw_images(grid, digits.test.images[shown], captions)
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    common.draw_images(figure.subplots(), images[shown], columns=8, captions=captions)
     title = f"{len(wrong)} of {len(labels):,} test digits are misread; here the surest"
     common.save_figure(options, "mistakes", figure, title, digits)
 
@@ -88,34 +88,28 @@ def plot_mistakes(options, digits, logits):
 def main(argv=None):
     recipe = {"epochs": EPOCHS, "batch_size": BATCH_SIZE, "lr": LEARNING_RATE}
     options = common.parse_options(__file__, __doc__, argv, **recipe, resumable=True)
-    digits = common.load_digits(
-        options.data_dir, options.data, options.limit, options.device
-    )
+    digits = common.load_digits(options)
     paths = [checkpoint(options, label, s) for label in DECAY for s in options.seeds]
-    if options.resume and not paths[0].exists():
+    if options.resume and not any(path.exists() for path in paths):
         raise SystemExit(f"cannot resume: there is no {paths[0]}; run without --resume")
-    for path in paths:  # what an older run left is no part of this one
-        if not options.resume:
+    if not options.resume:
+        for path in paths:  # what an older run left is no part of this one
             path.unlink(missing_ok=True)
     common.print_layers(common.baseline_cnn())
     plot_samples(options, digits)
 
     runs = common.train_all(train, DECAY, digits, options)
 
-    histories = {label: [run.history for run in seeds] for label, seeds in runs.items()}
-    title = f"Baseline CNN: {common.describe(runs['baseline'])} on the test images"
-    common.plot_curves(options, histories, title, digits)
-    # Of several seeds, show the one that validates best.
-    best = max(runs["baseline"], key=lambda run: run.scores["val_accuracy"])
-    pairs = ", ".join(
-        f"{pair['true']} read as {pair['predicted']} ({pair['count']}x)"
-        for pair in best.scores["most_confused"]
-    )
-    print(f"most confused, seed {best.scores['seed']}: {pairs}\n")
-    counts = common.count_confusions(best.test_logits, digits.test.labels)
-    title = f"Most often confused: {pairs.split(',')[0]}"
-    common.plot_confusion(options, counts, title, digits)
+    accuracy = common.describe([run.scores for run in runs["baseline"]])
+    title = f"Baseline CNN: {accuracy} on the test images"
+    common.plot_curves(options, common.histories_of(runs), title, digits)
+    best = common.best_run(runs["baseline"])
+    common.plot_confusion(options, best, digits)
     plot_mistakes(options, digits, best.test_logits)
+    print(f"most confused pairs, seed {best.scores['seed']}:")
+    for pair in best.scores["most_confused"]:
+        print("  {true} read as {predicted}: {count}x".format(**pair))
+    print()
     common.report(runs, digits, options)
 
 

@@ -1,11 +1,13 @@
-"""What the project claims about speed, memory and the stand-in, measured. Run by hand, on an otherwise idle machine:
+"""What the project claims about speed, memory and the stand-in, measured. By hand, on
+an otherwise idle machine:
 
-    python tests/benchmark.py                    everything; about 20 minutes on two CPU cores
-    python tests/benchmark.py --only training    one part: training, startup, drawing or transfer
+    python tests/benchmark.py                    all parts; half an hour on two CPU cores
+    python tests/benchmark.py --only training    one of training, startup, drawing, transfer
 
-Machines differ and are noisy, so the ways of training take turns and the medians of their ratios are what counts.
-`transfer` trains the baseline on the synthetic stand-in alone and reads it on the real MNIST test images (five seeds);
-it needs MNIST in --data-dir, $MNIST_DIR or data/. Results go to benchmark.json and benchmark_standin.png beside this.
+The ways to train take turns, and the medians of their ratios are what counts: machines
+differ and are noisy. `transfer` trains the baseline on the synthetic stand-in alone and
+reads it on the real MNIST test images, which must be in --data-dir, MNIST_DIR or data/.
+Writes benchmark.json and benchmark_standin.png beside itself.
 """
 
 import argparse
@@ -19,75 +21,46 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, write_mnist
-from torch import nn
+from conftest import ROOT, load, write_mnist
 
 import common
+import q1_baseline
 
 HERE = Path(__file__).resolve().parent
-IMAGES, BATCH, ROUNDS = 6_400, 64, 7
+SCRIPT = ROOT / "q1_baseline.py"
+IMAGES, BATCH, ROUNDS = 12_800, 64, 7
 
 
-def usual_way(folder, precision):
-    """Samples/s of the usual tutorial: per-sample transforms in a DataLoader, a plain model and optimizer, fp32."""
-    from torch.utils.data import DataLoader, Subset
-    from torchvision import datasets, transforms
+def run(*command):
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
-    transform = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((common.MEAN,), (common.STD,))]
-    )
-    dataset = Subset(datasets.MNIST(folder, transform=transform), range(IMAGES))
-    layers = list(common.baseline_cnn())
-    model = nn.Sequential(
-        layers[0],
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        layers[3],
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        *layers[6:],
-    )
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    started = time.perf_counter()
-    for images, labels in DataLoader(dataset, batch_size=BATCH, shuffle=True):
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return IMAGES / (time.perf_counter() - started)
+
+def model_and_optimizer():
+    model = common.baseline_cnn().to(memory_format=torch.channels_last)
+    return model, torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
 
 
 def our_way(digits, precision):
-    """Samples/s of `common.fit`, all of it: batches, step, log, validation on a single image."""
-    model = common.baseline_cnn().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    started = time.perf_counter()
-    common.fit(
-        model,
-        digits.train,
-        digits.val,
-        optimizer,
-        epochs=1,
-        batch_size=BATCH,
-        precision=precision,
-    )
-    return IMAGES / (time.perf_counter() - started)
+    """Samples/s of an epoch of `common.fit`, all of it but validation, which is tiny."""
+    options = {"epochs": 1, "batch_size": BATCH, "precision": precision}
+    model, optimizer = model_and_optimizer()
+    history = common.fit(model, digits.train, digits.val, optimizer, **options)
+    return IMAGES / history.rows[0]["seconds"]
 
 
 def bare_limit(digits, precision):
-    """Samples/s of the same step repeated on one batch that lies ready: no data work, no log."""
-    model = common.baseline_cnn().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    images, labels = (
-        common.normalize(digits.train.images[:BATCH]),
-        digits.train.labels[:BATCH],
-    )
+    """Samples/s of the same step over one batch that lies ready: no data work, no log."""
+    model, optimizer = model_and_optimizer()
+    images = common.normalize(digits.train.images[:BATCH])
+    labels = digits.train.labels[:BATCH]
     started = time.perf_counter()
     for _ in range(IMAGES // BATCH):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad()
@@ -96,73 +69,48 @@ def bare_limit(digits, precision):
     return IMAGES / (time.perf_counter() - started)
 
 
-def measure_training():
+def measure_training(_):
+    rates = {"fp32": [], "bf16": []}
     with tempfile.TemporaryDirectory() as folder:
         write_mnist(Path(folder), train=IMAGES * 12 // 11 + 12)
-        digits = common.load_digits(Path(folder), "mnist", limit=IMAGES)
-        digits = digits._replace(
-            val=common.Split(*(tensor[:1] for tensor in digits.val))
+        digits = load(folder, "mnist", limit=IMAGES)
+        digits = digits._replace(val=common.Split(*(t[:1] for t in digits.val)))
+        for _ in range(ROUNDS):
+            for precision, rows in rates.items():
+                usual = float(run(HERE / "usual_way.py", folder, IMAGES))
+                ours, bare = our_way(digits, precision), bare_limit(digits, precision)
+                rows.append((usual, ours, bare))
+    results = {}
+    for precision, rows in rates.items():
+        usual, ours, bare = (
+            round(statistics.median(c)) for c in zip(*rows, strict=True)
         )
-        results = {}
-        for precision in ("fp32", "bf16"):
-            rates = [
-                (
-                    usual_way(folder, precision),
-                    our_way(digits, precision),
-                    bare_limit(digits, precision),
-                )
-                for _ in range(ROUNDS)
-            ]
-            usual, ours, bare = (
-                round(statistics.median(column)) for column in zip(*rates, strict=True)
-            )
-            results[precision] = {
-                "samples_per_second": {
-                    "DataLoader": usual,
-                    "fit": ours,
-                    "bare limit": bare,
-                },
-                "fit_over_DataLoader": round(
-                    statistics.median(ours / usual for usual, ours, _ in rates), 2
-                ),
-                "fit_over_bare_limit": round(
-                    statistics.median(ours / bare for _, ours, bare in rates), 3
-                ),
-            }
+        over_usual = statistics.median(ours / usual for usual, ours, _ in rows)
+        over_bare = statistics.median(ours / bare for _, ours, bare in rows)
+        results[precision] = {
+            "samples_per_second": {"usual way": usual, "fit": ours, "bare limit": bare},
+            "fit_over_usual_way": round(over_usual, 2),
+            "fit_over_bare_limit": round(over_bare, 2),
+        }
     return results
 
 
-def measure_startup():
-    """Wall time of --help, and peak memory of a whole run (one epoch, full size)."""
-    script = ROOT / "q1_baseline.py"
+def measure_startup(_):
+    """Wall time of --help, and the peak memory of a whole run on full-size data."""
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
-        subprocess.run(
-            [sys.executable, script, "--help"], check=True, stdout=subprocess.DEVNULL
-        )
+        run(SCRIPT, "--help")
         seconds.append(time.perf_counter() - started)
     with tempfile.TemporaryDirectory() as folder:
         write_mnist(Path(folder), 60_000, 10_000)
-        command = [
-            sys.executable,
-            script,
-            "--data-dir",
-            folder,
-            "--out-dir",
-            folder,
-            "--epochs",
-            "1",
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        run(SCRIPT, "--data-dir", folder, "--out-dir", folder, "--epochs", 1)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    return {
-        "help_seconds": round(statistics.median(seconds), 2),
-        "peak_memory_gib": round(peak, 2),
-    }
+    seconds = round(statistics.median(seconds), 2)
+    return {"help_seconds": seconds, "peak_memory_gib": round(peak, 2)}
 
 
-def measure_drawing():
+def measure_drawing(_):
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
@@ -172,79 +120,54 @@ def measure_drawing():
 
 
 def measure_transfer(data_dir):
-    """Real MNIST test accuracy of the baseline of q1_baseline.py, trained and chosen on stand-in digits alone."""
-    real, drawn = (
-        common.load_digits(data_dir, "mnist"),
-        common.load_digits(data_dir, "synthetic"),
-    )
-    plot_sheet(drawn, real)
+    """Test accuracy on real MNIST of the Q1 baseline that has only seen the stand-in,
+    which also chose its weights; 5 seeds."""
+    real = load(data_dir, "mnist")
+    drawn = load(data_dir, "synthetic")
+    figure = common.Figure(figsize=(12, 6), layout="constrained")
+    for axes, (images, labels) in zip(figure.subplots(1, 2), (drawn.train, real.train)):
+        rows = [images[labels == digit][:10] for digit in range(10)]
+        common.draw_images(axes, torch.cat(rows), columns=10)
+    options = SimpleNamespace(stem=HERE / "benchmark")
+    title = "Left: the synthetic stand-in, drawn by the program. Right: MNIST"
+    common.save_figure(options, "standin", figure, title, real)
+
     accuracies = []
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            ROOT / "q1_baseline.py",
-            "--data",
-            "synthetic",
-            "--seeds",
-            "5",
-            "--out-dir",
-            folder,
-        ]
-        subprocess.run(command, check=True)
+        recipe = {"epochs": q1_baseline.EPOCHS, "batch_size": q1_baseline.BATCH_SIZE}
+        recipe |= {"lr": q1_baseline.LEARNING_RATE, "resumable": True}
+        arguments = ["--device", "cpu", "--out-dir", folder]
+        options = common.parse_options(SCRIPT, "", arguments, **recipe)
         for seed in range(5):
-            model = common.baseline_cnn()
-            state = torch.load(
-                f"{folder}/q1_baseline_baseline_seed{seed}.pt", weights_only=True
-            )
-            model.load_state_dict(state["best"])
+            model, _ = q1_baseline.train(drawn, options, "baseline", seed)
             accuracies.append(common.evaluate(model, real.test).accuracy)
-    mean, std = common.mean_std(accuracies)
-    return {
-        "real_mnist_test_accuracy": accuracies,
-        "mean": round(mean, 2),
-        "std": round(std, 2),
-    }
-
-
-def plot_sheet(drawn, real):
-    figure = common.Figure(figsize=(12, 6), layout="constrained")
-    grid = figure.subplots(10, 21)
-    for column, digits in ((0, drawn), (11, real)):
-        for digit in range(10):
-            images = digits.train.images[digits.train.labels == digit][:10]
-            common.draw_images(grid[digit, column : column + 10], images)
-    for axes in grid[:, 10]:
-        axes.axis("off")
-    title = "Left: the synthetic stand-in, drawn by the program. Right: MNIST, written by people"
-    common.save_figure(HERE / "benchmark_standin.png", figure, title, "MNIST")
+            print(f"seed {seed}: {accuracies[-1]:.2f} % on the real MNIST test images")
+    mean, std = (round(value, 2) for value in common.mean_std(accuracies))
+    return {"test_accuracy_on_mnist": accuracies, "mean": mean, "std": std}
 
 
 def main():
-    parts = ["training", "startup", "drawing", "transfer"]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parts = {
+        "training": measure_training,
+        "startup": measure_startup,
+        "drawing": measure_drawing,
+        "transfer": measure_transfer,
+    }
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--only", choices=parts)
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("MNIST_DIR") or ROOT / "data"),
-    )
+    data_dir = os.environ.get("MNIST_DIR") or ROOT / "data"
+    parser.add_argument("--data-dir", type=Path, default=data_dir)
     options = parser.parse_args()
     path = HERE / "benchmark.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    results["environment"] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
     for part in [options.only] if options.only else parts:
-        measure = {
-            "training": measure_training,
-            "startup": measure_startup,
-            "drawing": measure_drawing,
-        }.get(part)
-        results[part] = measure() if measure else measure_transfer(options.data_dir)
+        results[part] = parts[part](options.data_dir)
+        results["environment"] = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
         print(part, json.dumps(results[part], indent=1))
         common.write_file(path, (json.dumps(results, indent=1) + "\n").encode())
 

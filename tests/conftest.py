@@ -1,5 +1,6 @@
 """Shared by the tests: small data sets drawn by the stand-in, and scripts run as a user runs them."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -20,6 +21,12 @@ needs_mnist = pytest.mark.skipif(
     ),
     reason="real MNIST is not here: set MNIST_DIR",
 )
+
+
+def load(folder, data="mnist", limit=None):
+    """`load_digits` as the command line would call it."""
+    options = {"data_dir": Path(folder), "data": data, "limit": limit, "device": "cpu"}
+    return common.load_digits(argparse.Namespace(**options))
 
 
 @pytest.fixture(scope="session")
@@ -55,21 +62,15 @@ def mnist_folder(tmp_path_factory):
     return write_mnist(tmp_path_factory.mktemp("mnist"))
 
 
-def start_script(script, *arguments, cwd, **options):
-    """Start a script of the project, from the folder `cwd`, in a process of its own."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+def start_script(script, arguments, cwd, **options):
+    """Start a script of the project in a process of its own, from the folder `cwd`."""
+    command = [sys.executable, ROOT / script, *arguments.split()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, **pipes, **options)
 
 
-def run_script(script, *arguments, cwd, **options):
-    """Run a script to its end; returns (exit code, stdout, stderr)."""
-    process = start_script(script, *arguments, cwd=cwd, **options)
-    stdout, stderr = process.communicate(timeout=170)
-    return process.returncode, stdout, stderr
+def run_script(script, arguments, cwd, **options):
+    """Run a script to its end: (exit code, stdout, stderr)."""
+    process = start_script(script, arguments, cwd, **options)
+    out, err = process.communicate(timeout=170)
+    return process.returncode, out, err

@@ -1,4 +1,5 @@
-"""Data: the real files are checked before use, downloaded whole or not at all; the stand-in is deterministic."""
+"""Data: files are checked before use, downloaded whole or not at all, split for ever;
+the stand-in is deterministic and framed like MNIST."""
 
 import gzip
 import hashlib
@@ -7,81 +8,75 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from http.server import (
     BaseHTTPRequestHandler,
     SimpleHTTPRequestHandler,
     ThreadingHTTPServer,
 )
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import MNIST_DIR, ROOT, needs_mnist, write_mnist
+from conftest import MNIST_DIR, load, needs_mnist, write_mnist
+from torchvision.datasets import MNIST
 
 import common
 
 
+def as_bytes(images):
+    return sorted(image.numpy().tobytes() for image in images)
+
+
 def test_split_is_fixed_disjoint_and_complete(mnist_folder):
-    first, second = (common.load_digits(mnist_folder, "mnist") for _ in range(2))
+    first, second = load(mnist_folder), load(mnist_folder)
     assert [len(part.labels) for part in first[:3]] == [880, 80, 200]
-    assert all(
-        torch.equal(a.images, b.images)
-        for a, b in zip(first[:3], second[:3], strict=True)
-    )
-    original = common.read_mnist(mnist_folder)[0]
-    together = torch.cat([first.train.images, first.val.images])
-    assert sorted(image.numpy().tobytes() for image in together) == sorted(
-        image.numpy().tobytes() for image in original
-    )
+    for one, other in zip(first[:3], second[:3], strict=True):
+        assert torch.equal(one.images, other.images)
+    both = torch.cat([first.train.images, first.val.images])
+    assert as_bytes(both) == as_bytes(common.read_mnist(mnist_folder)[0])
 
 
-def test_limit_keeps_the_first_training_images_and_nothing_else_changes(mnist_folder):
-    whole, limited = (
-        common.load_digits(mnist_folder, "mnist"),
-        common.load_digits(mnist_folder, "mnist", limit=100),
-    )
+def test_limit_keeps_the_first_training_images_alone(mnist_folder):
+    whole, limited = load(mnist_folder), load(mnist_folder, limit=100)
     assert torch.equal(limited.train.images, whole.train.images[:100])
-    assert torch.equal(limited.val.images, whole.val.images) and torch.equal(
-        limited.test.labels, whole.test.labels
-    )
+    assert torch.equal(limited.val.images, whole.val.images)
+    assert torch.equal(limited.test.labels, whole.test.labels)
 
 
 def test_normalize_agrees_with_torchvision(tiny):
     from torchvision.transforms import Compose, Normalize, ToPILImage, ToTensor
 
-    oracle = Compose([ToPILImage(), ToTensor(), Normalize((0.1307,), (0.3081,))])
+    steps = ToPILImage(), ToTensor(), Normalize((0.1307,), (0.3081,))
     for image in tiny.train.images[:5]:
-        torch.testing.assert_close(
-            common.normalize(image), oracle(image), atol=1e-5, rtol=0
-        )
+        expected = Compose(steps)(image)
+        torch.testing.assert_close(common.normalize(image), expected, atol=1e-5, rtol=0)
 
 
-def test_batches_hold_every_image_once_and_keep_their_labels(tiny):
-    seen = list(common.batches(tiny.train, 100, torch.Generator().manual_seed(3)))
+def test_normalize_leaves_its_argument_alone():
+    images = torch.full((1, 1, 28, 28), 255.0)
+    common.normalize(images)
+    assert images.eq(255).all()
+
+
+def test_batches_hold_every_image_once_with_its_label(tiny):
+    order = torch.Generator().manual_seed(3)
+    seen = list(common.batches(tiny.train, 100, order))
     assert [len(labels) for _, labels in seen] == [100] * 8 + [80]
-    pairs = {
-        (image.numpy().tobytes(), label.item())
-        for images, labels in seen
-        for image, label in zip(images, labels, strict=True)
-    }
-    assert pairs == {
-        (common.normalize(i).numpy().tobytes(), y.item())
-        for i, y in zip(*tiny.train, strict=True)
-    }
+    images, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    for digit in range(10):
+        mine = common.normalize(tiny.train.images[tiny.train.labels == digit])
+        assert as_bytes(images[labels == digit]) == as_bytes(mine)
+    assert not torch.equal(labels, tiny.train.labels)
 
 
 @needs_mnist
 def test_real_mnist_has_the_published_sizes_and_statistics():
-    digits = common.load_digits(MNIST_DIR, "mnist")
-    assert [len(part.labels) for part in digits[:3]] == [
-        55_000,
-        5_000,
-        10_000,
-    ] and digits.source == "MNIST"
+    digits = load(MNIST_DIR)
+    assert [len(part.labels) for part in digits[:3]] == [55_000, 5_000, 10_000]
     pixels = torch.cat([digits.train.images, digits.val.images]).double() / 255
-    assert (round(pixels.mean().item(), 4), round(pixels.std().item(), 4)) == (
-        common.MEAN,
-        common.STD,
-    )
+    statistics = round(pixels.mean().item(), 4), round(pixels.std().item(), 4)
+    assert statistics == (common.MEAN, common.STD)
 
 
 def truncate(path):
@@ -101,40 +96,33 @@ def make_empty(path):
 
 
 def drop_one(path):
-    """One item fewer, with a header that agrees: only the other file of the pair gives it away."""
+    """One item fewer, and a header that agrees: only the other file gives it away."""
     content = path.read_bytes()
-    count = int.from_bytes(content[4:8], "big")
+    count = int.from_bytes(content[4:8], "big") - 1
     size = 784 if "images" in path.name else 1
-    path.write_bytes(content[:4] + (count - 1).to_bytes(4, "big") + content[8:-size])
+    path.write_bytes(content[:4] + count.to_bytes(4, "big") + content[8:-size])
 
 
 def spoil_label(path):
     path.write_bytes(path.read_bytes()[:-1] + b"\x0a")
 
 
-DAMAGE = [
-    (damage, name)
-    for name in common.MNIST_FILES
-    for damage in (truncate, extend, make_html, make_empty, drop_one)
-]
-DAMAGE += [(spoil_label, common.MNIST_FILES[1]), (spoil_label, common.MNIST_FILES[3])]
+DAMAGES = truncate, extend, make_html, make_empty, drop_one
+CASES = [(damage, name) for name in common.MNIST_FILES for damage in DAMAGES]
+CASES += [(spoil_label, name) for name in common.MNIST_FILES if "labels" in name]
 
 
-@pytest.mark.parametrize(("damage", "name"), DAMAGE)
-@pytest.mark.parametrize("source", ["mnist", "auto"])
+@pytest.mark.parametrize(("damage", "name"), CASES)
+@pytest.mark.parametrize("data", ["mnist", "auto"])
 def test_a_broken_file_is_one_line_that_names_it(
-    damage, name, source, mnist_folder, tmp_path
+    damage, name, data, mnist_folder, tmp_path
 ):
-    folder = tmp_path / "data"
-    shutil.copytree(mnist_folder, folder)
-    damage(folder / "MNIST" / "raw" / name)
+    shutil.copytree(mnist_folder, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "MNIST" / "raw" / name)
     with pytest.raises(SystemExit) as end:
-        common.load_digits(folder, source)
-    assert (
-        "\n" not in end.value.code
-        and name.split("-")[0] in end.value.code
-        and str(folder) in end.value.code
-    )
+        load(tmp_path, data)
+    line = end.value.code
+    assert "\n" not in line and str(tmp_path) in line and name.split("-")[0] in line
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -143,17 +131,16 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 class Drip(BaseHTTPRequestHandler):
-    """Sends a byte now and then, for ever: every read succeeds, the file never ends."""
+    """A byte now and then: every read succeeds, and the file never ends."""
 
-    def log_message(self, *_):
-        pass
+    log_message = Quiet.log_message
 
     def do_GET(self):
         self.send_response(200)
         self.send_header("Content-Length", "1000000")
         self.end_headers()
         try:
-            while True:
+            for _ in range(1000):
                 self.wfile.write(b"0")
                 time.sleep(0.05)
         except OSError:
@@ -161,122 +148,112 @@ class Drip(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def serve(tmp_path):
+def serve():
     """serve(handler) starts a server on this machine and returns its address."""
     servers = []
 
     def start(handler):
-        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        servers[-1].daemon_threads = True
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}/"
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/"
 
     yield start
     for server in servers:
         server.shutdown()
-        server.server_close()
+        server.socket.close()
 
 
 @pytest.fixture
 def mirror(serve, tmp_path):
-    """A mirror of a small MNIST: (address, list of (file, md5)) as torchvision's MNIST.mirrors and .resources want it."""
+    """A mirror of a small MNIST: torchvision's MNIST.mirrors and MNIST.resources."""
     raw, site = write_mnist(tmp_path / "origin") / "MNIST" / "raw", tmp_path / "site"
     site.mkdir()
+    resources = []
     for name in common.MNIST_FILES:
-        (site / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
-    resources = [
-        (f"{name}.gz", hashlib.md5((site / f"{name}.gz").read_bytes()).hexdigest())
-        for name in common.MNIST_FILES
-    ]
-    return serve(lambda *a: Quiet(*a, directory=site)), resources
+        content = gzip.compress((raw / name).read_bytes())
+        (site / f"{name}.gz").write_bytes(content)
+        resources.append((f"{name}.gz", hashlib.md5(content).hexdigest()))
+    return [serve(partial(Quiet, directory=site))], resources
+
+
+def files_below(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
 def test_processes_that_start_together_on_an_empty_folder_all_get_the_data(
     mirror, tmp_path
 ):
-    address, resources = mirror
-    program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, torchvision.datasets as d; from pathlib import Path\n"
-        f"d.MNIST.mirrors, d.MNIST.resources = [{address!r}], {resources!r}\n"
-        f"digits = common.load_digits(Path({str(tmp_path / 'data')!r}), 'mnist')\n"
-        "print(len(digits.train.labels), int(digits.train.images.sum()))"
-    )
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", program], stdout=-1, stderr=-1, text=True
-        )
-        for _ in range(3)
-    ]
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import load
+from torchvision.datasets import MNIST
+MNIST.mirrors, MNIST.resources = {mirror!r}
+digits = load({str(tmp_path / "data")!r})
+print("sum", len(digits.train.labels), int(digits.train.images.sum()))
+"""
+    command, pipes = [sys.executable, "-c", program], {"stdout": -1, "stderr": -1}
+    workers = [subprocess.Popen(command, text=True, **pipes) for _ in range(3)]
     outputs = [worker.communicate(timeout=120) for worker in workers]
     assert all(worker.returncode == 0 for worker in workers), outputs
-    assert len({out for out, _ in outputs}) == 1 and outputs[0][0].startswith("880 ")
-    left = sorted(
-        path.name for path in (tmp_path / "data").rglob("*") if path.is_file()
-    )
-    assert left == sorted(common.MNIST_FILES)
+    sums = {out.splitlines()[-1] for out, _ in outputs}
+    assert len(sums) == 1 and sums.pop().startswith("sum 880 ")
+    assert files_below(tmp_path / "data") == sorted(common.MNIST_FILES)
 
 
-def test_only_the_missing_files_are_replaced(mirror, tmp_path, monkeypatch):
-    from torchvision.datasets import MNIST
-
-    monkeypatch.setattr(MNIST, "mirrors", [mirror[0]])
+def test_only_missing_files_are_downloaded(mirror, tmp_path, monkeypatch):
+    monkeypatch.setattr(MNIST, "mirrors", mirror[0])
     monkeypatch.setattr(MNIST, "resources", mirror[1])
     raw = write_mnist(tmp_path / "data") / "MNIST" / "raw"
     (raw / common.MNIST_FILES[0]).unlink()
-    kept = (raw / common.MNIST_FILES[1]).stat().st_mtime_ns
-    assert len(common.load_digits(tmp_path / "data", "mnist").train.labels) == 880
-    assert (raw / common.MNIST_FILES[1]).stat().st_mtime_ns == kept
+    there = raw / common.MNIST_FILES[1]
+    before = there.stat().st_mtime_ns
+    assert len(load(tmp_path / "data").train.labels) == 880
+    assert there.stat().st_mtime_ns == before
+
+
+NOBODY = "http://127.0.0.1:9/"  # a port at which no server listens
 
 
 @pytest.mark.parametrize("trouble", ["nobody there", "not the files", "too slow"])
 def test_a_failed_download_leaves_nothing_and_says_why(
     trouble, serve, tmp_path, monkeypatch
 ):
-    from torchvision.datasets import MNIST
-
-    address = {
-        "nobody there": lambda: "http://127.0.0.1:9/",
-        "too slow": lambda: serve(Drip),
-    }.get(trouble, lambda: serve(lambda *a: Quiet(*a, directory=tmp_path)))()
+    handlers = {"not the files": partial(Quiet, directory=tmp_path), "too slow": Drip}
+    address = serve(handlers[trouble]) if trouble in handlers else NOBODY
     monkeypatch.setattr(MNIST, "mirrors", [address])
     monkeypatch.setattr(common, "DOWNLOAD_SECONDS", 2)
     started = time.monotonic()
     with pytest.raises(SystemExit) as end:
-        common.load_digits(tmp_path / "data", "mnist")
-    assert time.monotonic() - started < 30
+        load(tmp_path / "data")
+    assert time.monotonic() - started < 20
     assert "\n" not in end.value.code and "--data-dir" in end.value.code
-    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+    assert not files_below(tmp_path / "data")
 
 
 def test_auto_falls_back_to_the_stand_in_with_a_warning(monkeypatch, tmp_path, capsys):
-    from torchvision.datasets import MNIST
-
-    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(MNIST, "mirrors", [NOBODY])
     draw = common.draw_digits
-    monkeypatch.setattr(
-        common, "draw_digits", lambda count, seed: draw(count // 100, seed)
-    )
-    digits = common.load_digits(tmp_path, "auto")
-    assert digits.source == "synthetic stand-in"
-    assert (
-        "WARNING" in (said := capsys.readouterr().err)
-        and "stand-in" in said
-        and "--data-dir" in said
-    )
+    fewer = lambda count, seed: draw(count // 100, seed)
+    monkeypatch.setattr(common, "draw_digits", fewer)
+    assert load(tmp_path, "auto").source == "synthetic stand-in"
+    said = capsys.readouterr().err
+    assert "WARNING" in said and "stand-in" in said and "--data-dir" in said
 
 
-def test_stand_in_is_deterministic_and_framed_like_mnist():
+def test_stand_in_is_deterministic():
     images, labels = common.draw_digits(2000, seed=5)
-    again, labels_again = common.draw_digits(2000, seed=5)
-    assert torch.equal(images, again) and torch.equal(labels, labels_again)
+    again = common.draw_digits(2000, seed=5)
+    assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
     assert not torch.equal(images, common.draw_digits(2000, seed=6)[0])
-    assert (
-        images.shape == (2000, 1, 28, 28)
-        and images.dtype == torch.uint8
-        and labels.dtype == torch.int64
-    )
-    assert labels.bincount(minlength=10).min() > 150
-    ink = images.squeeze(1).double()
+    assert images.shape == (2000, 1, 28, 28) and images.dtype == torch.uint8
+    assert labels.dtype == torch.int64 and labels.bincount(minlength=10).min() > 150
+
+
+def test_stand_in_is_framed_like_mnist():
+    """In a box of about 20 pixels, with the centre of mass in the middle."""
+    ink = common.draw_digits(1000, seed=5)[0].squeeze(1).double()
     place = torch.arange(28.0, dtype=torch.float64)
     for profile in (ink.sum(1), ink.sum(2)):  # columns, rows
         centre = (profile * place).sum(1) / profile.sum(1)

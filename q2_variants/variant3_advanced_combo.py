@@ -1,0 +1,78 @@
+"""Q2, variant 3, AdvancedComboCNN: the kernels of variant 1 and the BatchNorm, LeakyReLU
+and GAP of variant 2 in one network of 29,386 parameters.
+
+Expect  about 98.9 % with the published recipe, and 99.4 % with an improved one.
+Why     With 7 % of the baseline's parameters the network has little to learn the
+        training images by heart with. Its constant learning rate is what holds the
+        published recipe back: validation accuracy jumps by half a point from epoch to
+        epoch. The improved recipe rises to three times the rate, comes down to zero
+        (one-cycle), and shows every image a little turned, moved and scaled.
+Run     python q2_variants/variant3_advanced_combo.py     four minutes on two CPU cores
+"""
+
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # common.py lives one level up
+
+import common
+
+EPOCHS = 15  # both recipes
+BATCH_SIZE = 64  # published
+LEARNING_RATE = 1e-3  # published; the improved recipe's cycle peaks at PEAK times that
+PEAK = 3
+AUGMENT = partial(common.random_affine, degrees=(10,), shift=2, scale=0.1)
+
+
+def train(digits, options, label, seed):
+    torch.manual_seed(seed)
+    model = common.advanced_combo_cnn(dropout=0.5)
+    model.to(options.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
+    scheduler = augment = None
+    if label == "improved recipe":
+        steps = math.ceil(len(digits.train.labels) / options.batch_size)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, PEAK * options.lr, total_steps=steps * options.epochs
+        )
+        augment = AUGMENT
+    history = common.fit(
+        model,
+        digits.train,
+        digits.val,
+        optimizer,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        seed=seed,
+        scheduler=scheduler,
+        augment=augment,
+        precision=options.precision,
+    )
+    return model, history
+
+
+def main(argv=None):
+    recipe = {"epochs": EPOCHS, "batch_size": BATCH_SIZE, "lr": LEARNING_RATE}
+    options = common.parse_options(__file__, __doc__, argv, **recipe)
+    digits = common.load_digits(options)
+    common.print_layers(common.advanced_combo_cnn())
+
+    runs = common.train_all(
+        train, ["published recipe", "improved recipe"], digits, options
+    )
+
+    published, improved = (
+        common.describe([run.scores for run in seeds]) for seeds in runs.values()
+    )
+    title = f"AdvancedComboCNN: {published} as published, {improved} improved"
+    common.plot_runs(options, runs, title, digits)
+    common.report(runs, digits, options)
+
+
+if __name__ == "__main__":
+    main()

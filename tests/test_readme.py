@@ -1,0 +1,77 @@
+"""README's numbers are those of the committed results files, and of nothing else."""
+
+import json
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+RESULTS = {path: json.loads(path.read_text()) for path in sorted(ROOT.glob("q*.json"))}
+RESULTS |= {
+    path: json.loads(path.read_text()) for path in sorted(ROOT.glob("q*/*.json"))
+}
+BENCHMARK = json.loads((ROOT / "tests" / "benchmark.json").read_text())
+
+
+def results_table():
+    lines = ["| script | run | parameters | test accuracy, mean ± std | best seed |"]
+    lines += ["|---|---|---:|---:|---:|"]
+    for found in RESULTS.values():
+        for label, run in found["runs"].items():
+            mean = f"{run['mean']:.2f} ± {run['std']:.2f} %"
+            best = max(seed["test_accuracy"] for seed in run["seeds"])
+            script = f"`{found['script']}`"
+            cells = script, label, f"{run['parameters']:,}", mean, f"{best:.2f} %"
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def speed_table():
+    lines = [
+        "| precision | usual way | `fit` | bare limit | ratio to usual | to limit |"
+    ]
+    lines += ["|---|---:|---:|---:|---:|---:|"]
+    for precision, found in BENCHMARK["training"].items():
+        rates = [f"{rate:,}/s" for rate in found["samples_per_second"].values()]
+        ratios = found["fit_over_usual_way"], found["fit_over_bare_limit"]
+        cells = precision, *rates, *(f"{ratio:.2f}" for ratio in ratios)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def check(expected):
+    assert expected in README, f"README should hold:\n\n{expected}\n"
+
+
+def test_results_table():
+    check(results_table())
+
+
+def test_speed_table():
+    check(speed_table())
+
+
+def test_benchmark_sentences():
+    startup, transfer = BENCHMARK["startup"], BENCHMARK["transfer"]
+    check(f"{transfer['mean']:.2f} ± {transfer['std']:.2f} %")
+    check(f"{BENCHMARK['drawing']['seconds']:.1f} s")
+    check(f"{startup['help_seconds']:.1f} s")
+    check(f"{startup['peak_memory_gib']:.2f} GiB")
+
+
+def test_results_are_whole_runs_on_mnist_with_one_environment_each():
+    assert RESULTS
+    for path, found in RESULTS.items():
+        sizes = {"train": 55_000, "val": 5_000, "test": 10_000}
+        assert found["data"] == {"source": "MNIST", **sizes}, path
+        for run in found["runs"].values():
+            assert [s["seed"] for s in run["seeds"]] == list(range(len(run["seeds"])))
+            assert len(run["seeds"]) >= 5, path
+
+
+def test_pictures_in_readme_exist():
+    pictures = [
+        part.split(")")[0] for part in README.split("](") if ".png)" in part[:200]
+    ]
+    assert pictures
+    for picture in pictures:
+        assert (ROOT / picture).exists(), picture
