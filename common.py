@@ -22,8 +22,10 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -590,7 +592,7 @@ def fit(
         config["scheduler"] = {"name": type(scheduler).__name__} | public
     history, best = History(config), copy.deepcopy(model.state_dict())
     identity = config | {"seed": seed, "network": repr(model), "images": count}
-    identity |= {"data": train.images.sum().item()}  # another data set, another sum
+    identity |= {"data": zlib.crc32(train.images.cpu().contiguous().numpy())}
 
     def save():
         if checkpoint:
@@ -791,9 +793,9 @@ TICKS = [m * 10**e for e in range(-5, 4) for m in (1, 2, 5)]
 
 
 def plot_curves(options, histories: dict, title: str, digits: Digits) -> None:
-    """Loss and accuracy by epoch: a thin line for each seed, a bold one for their mean
-    as far as all went. A single label has a colour each for training and validation,
-    several have one each, with training dashed.
+    """Loss and accuracy by epoch, as the mean over the seeds that still train and the
+    band from the least to the greatest. A single label has a colour each for training
+    and validation; several have one each, with training dashed.
 
     Accuracy is spaced by the logarithm of the error: 10 % and 99.5 % both can be read.
     """
@@ -808,14 +810,22 @@ def plot_curves(options, histories: dict, title: str, digits: Digits) -> None:
                 lines = [[row[f"{part}_{quantity}"] for row in h.rows] for h in seeds]
                 if quantity == "accuracy":
                     lines = [[max(100 - y, 0.01) for y in line] for line in lines]
-                for line, history in zip(lines, seeds, strict=True):
-                    best = history.best_epoch
-                    axes.plot(range(1, len(line) + 1), line, style, color=color, lw=0.5)
-                    if part == "val":
-                        look = {"marker": MARKERS[i], "fillstyle": "none"}
-                        axes.plot(best, line[best - 1], color=color, **look)
-                mean = [statistics.fmean(y) for y in zip(*lines, strict=False)]
-                axes.plot(range(1, len(mean) + 1), mean, style, color=color, lw=2.5)
+                columns = [  # of the seeds that still train in an epoch
+                    [y for y in column if y is not None]
+                    for column in zip_longest(*lines)
+                ]
+                epochs = range(1, len(columns) + 1)
+                mean = [statistics.fmean(column) for column in columns]
+                axes.plot(epochs, mean, style, color=color, lw=2)
+                band = [f(column) for column in columns for f in (min, max)]
+                axes.fill_between(
+                    epochs, band[::2], band[1::2], color=color, alpha=0.15, lw=0
+                )
+                if part == "val":
+                    for line, history in zip(lines, seeds, strict=True):
+                        best, look = history.best_epoch, {"fillstyle": "none"}
+                        look |= {"marker": MARKERS[i], "color": color}
+                        axes.plot(best, line[best - 1], **look)
                 if single or part == "val":
                     ends.append((len(mean), mean[-1], name if single else label, color))
         axes.set(xlabel="epoch", yscale="log", ylabel="loss (cross-entropy, nats)")

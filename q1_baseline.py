@@ -100,8 +100,10 @@ def main(argv=None):
 
     runs = common.train_all(train, DECAY, digits, options)
 
-    accuracy = common.describe([run.scores for run in runs["baseline"]])
-    title = f"Baseline CNN: {accuracy} on the test images"
+    decaying, constant = (
+        common.describe([run.scores for run in seeds]) for seeds in runs.values()
+    )
+    title = f"Baseline CNN: {decaying}; at a constant learning rate {constant}"
     common.plot_curves(options, common.histories_of(runs), title, digits)
     best = common.best_run(runs["baseline"])
     common.plot_confusion(options, best, digits)
