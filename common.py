@@ -368,21 +368,21 @@ def draw_skeleton(points: Tensor, path: Tensor, count: int, generator) -> Tensor
     MNIST's digits, in a box of 20 pixels with the centre of mass in the middle."""
 
     def normal(*shape, std=1.0, mean=0.0):
-        return mean + std * torch.randn(count, *shape, generator=generator)
+        draws = torch.randn(count, *shape, generator=generator)
+        return mean + std * draws.clamp(-2, 2)  # the wildest would be illegible
 
     # Hands differ in care, which jitters every point; in habit, which bends the digit
     # as a whole; and in width, slant and turn.
-    jitter = normal(len(points), 2, std=0.12) * normal(1, 1, std=0.4).exp()
+    jitter = normal(len(points), 2, std=0.1) * normal(1, 1, std=0.3).exp()
     pen = path @ ((points - 10) / 10 + jitter)
     x, y = pen.unbind(2)
     powers = [x * x, x * y, y * y, x**3, x * x * y, x * y * y, y**3]
-    x, y = (pen + torch.stack(powers, 2) @ normal(7, 2, std=0.14)).unbind(2)
-    x = x * normal(1, std=0.35).exp() - y * normal(1, std=0.35, mean=0.15)
+    x, y = (pen + torch.stack(powers, 2) @ normal(7, 2, std=0.12)).unbind(2)
+    x = x * normal(1, std=0.3).exp() - y * normal(1, std=0.3, mean=0.15)
     turn = normal(1, std=0.15)
     x, y = turn.cos() * x - turn.sin() * y, turn.sin() * x + turn.cos() * y
 
-    pen, radius = torch.stack([x, y], 2), normal(1, std=0.4, mean=0.15).exp()
-    radius = radius.clamp(0.6, 3.5)  # of the pen's tip, in pixels
+    pen, radius = torch.stack([x, y], 2), normal(1, std=0.35, mean=0.15).exp()
     extent = (pen.amax(1) - pen.amin(1)).amax(1, keepdim=True)
     pen = pen * ((20 - 2 * radius) / extent).unsqueeze(2)
     length = (pen.roll(-1, 1) - pen).norm(dim=2)
