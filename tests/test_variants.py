@@ -139,7 +139,16 @@ def test_script_leaves_its_reports(stem, mnist_folder, tmp_path):
     pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert f"{stem}_curves.png" in pictures
     assert len([name for name in pictures if "confusion" in name]) == len(SCRIPTS[stem])
-    assert "99.4 % never" in out
+    assert out.count("99.4 % validation accuracy: never") == len(SCRIPTS[stem])
+
+
+def test_first_epoch_names_the_first_epoch_that_reached_the_goal():
+    rows = [
+        {"epoch": e, "val_accuracy": a} for e, a in ((1, 98.0), (2, 99.0), (3, 98.5))
+    ]
+    history = common.History({}, rows)
+    assert common.first_epoch(history, 99) == "first in epoch 2"
+    assert common.first_epoch(history, 99.4) == "never"
 
 
 def test_only_trains_one_network_and_names_them_all_if_there_is_no_such_one(
