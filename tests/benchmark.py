@@ -2,7 +2,8 @@
 an otherwise idle machine:
 
     python tests/benchmark.py                    all parts; half an hour on two CPU cores
-    python tests/benchmark.py --only training    one of training, startup, drawing, transfer
+    python tests/benchmark.py --only training    one of training, augmentation, startup,
+                                                 drawing, transfer
 
 The ways to train take turns, and the medians of their ratios are what counts: machines
 differ and are noisy. `transfer` trains the baseline on the synthetic stand-in alone and
@@ -28,6 +29,7 @@ from conftest import ROOT, load, write_mnist
 
 import common
 import q1_baseline
+from q2_variants import variant4_under_25k
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = ROOT / "q1_baseline.py"
@@ -39,59 +41,92 @@ def run(*command):
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def model_and_optimizer():
-    model = common.baseline_cnn().to(memory_format=torch.channels_last)
+def model_and_optimizer(network):
+    model = network().to(memory_format=torch.channels_last)
     return model, torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
 
 
-def our_way(digits, precision):
+def our_way(digits, network, **options):
     """Samples/s of an epoch of `common.fit`, all of it but validation, which is tiny."""
-    options = {"epochs": 1, "batch_size": BATCH, "precision": precision}
-    model, optimizer = model_and_optimizer()
-    history = common.fit(model, digits.train, digits.val, optimizer, **options)
-    return IMAGES / history.rows[0]["seconds"]
+    model, optimizer = model_and_optimizer(network)
+    common.fit(model, *few(digits), optimizer, epochs=1, **options)  # warms up
+    history = common.fit(model, *digits[:2], optimizer, epochs=1, **options)
+    return len(digits.train.labels) / history.rows[0]["seconds"]
+
+
+def few(digits):
+    """The first 1,000 training digits, and the validation digits."""
+    return common.Split(*(tensor[:1000] for tensor in digits.train)), digits.val
 
 
 def bare_limit(digits, precision):
     """Samples/s of the same step over one batch that lies ready: no data work, no log."""
-    model, optimizer = model_and_optimizer()
+    model, optimizer = model_and_optimizer(common.baseline_cnn)
     images = common.normalize(digits.train.images[:BATCH])
     labels = digits.train.labels[:BATCH]
+
+    def steps(count):
+        for _ in range(count):
+            with torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    steps(16)  # warms up
     started = time.perf_counter()
-    for _ in range(IMAGES // BATCH):
-        with torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    steps(IMAGES // BATCH)
     return IMAGES / (time.perf_counter() - started)
+
+
+def small_mnist(folder):
+    """IMAGES training digits, drawn and written to `folder`; one to validate."""
+    write_mnist(Path(folder), train=IMAGES * 12 // 11 + 12)
+    digits = load(folder, limit=IMAGES)
+    return digits._replace(val=common.Split(*(tensor[:1] for tensor in digits.val)))
+
+
+def summarize(rates, reference):
+    """Rounds of (usual way, fit, reference) samples/s by precision -> their medians and
+    the medians of the ratios, which were taken round by round."""
+    results, names = {}, ("usual way", "fit", reference)
+    for precision, rows in rates.items():
+        medians = [round(statistics.median(c)) for c in zip(*rows, strict=True)]
+        found = {"samples_per_second": dict(zip(names, medians, strict=True))}
+        for i in (0, 2):
+            ratio = statistics.median(row[1] / row[i] for row in rows)
+            found[f"fit over {names[i]}"] = round(ratio, 2)
+        results[precision] = found
+    return results
 
 
 def measure_training(_):
     rates = {"fp32": [], "bf16": []}
     with tempfile.TemporaryDirectory() as folder:
-        write_mnist(Path(folder), train=IMAGES * 12 // 11 + 12)
-        digits = load(folder, "mnist", limit=IMAGES)
-        digits = digits._replace(val=common.Split(*(t[:1] for t in digits.val)))
+        digits = small_mnist(folder)
         for _ in range(ROUNDS):
             for precision, rows in rates.items():
-                usual = float(run(HERE / "usual_way.py", folder, IMAGES))
-                ours, bare = our_way(digits, precision), bare_limit(digits, precision)
-                rows.append((usual, ours, bare))
-    results = {}
-    for precision, rows in rates.items():
-        usual, ours, bare = (
-            round(statistics.median(c)) for c in zip(*rows, strict=True)
-        )
-        over_usual = statistics.median(ours / usual for usual, ours, _ in rows)
-        over_bare = statistics.median(ours / bare for _, ours, bare in rows)
-        results[precision] = {
-            "samples_per_second": {"usual way": usual, "fit": ours, "bare limit": bare},
-            "fit_over_usual_way": round(over_usual, 2),
-            "fit_over_bare_limit": round(over_bare, 2),
-        }
-    return results
+                usual = float(run(HERE / "usual_way.py", "baseline", folder, IMAGES))
+                options = {"batch_size": BATCH, "precision": precision}
+                ours = our_way(digits, common.baseline_cnn, **options)
+                rows.append((usual, ours, bare_limit(digits, precision)))
+    return summarize(rates, "bare limit")
+
+
+def measure_augmentation(_):
+    """Variant 4's larger network with its augmentation, and without."""
+    network, augment = variant4_under_25k.narrow_head_cnn, variant4_under_25k.AUGMENT
+    rates = {"fp32": [], "bf16": []}
+    with tempfile.TemporaryDirectory() as folder:
+        digits = small_mnist(folder)
+        for _ in range(ROUNDS):
+            for precision, rows in rates.items():
+                usual = float(run(HERE / "usual_way.py", "augmented", folder, IMAGES))
+                options = {"batch_size": 256, "precision": precision}
+                ours = our_way(digits, network, **options, augment=augment)
+                rows.append((usual, ours, our_way(digits, network, **options)))
+    return summarize(rates, "no augmentation")
 
 
 # In a small process of its own: a child's peak begins with the size of its parent.
@@ -156,6 +191,7 @@ def measure_transfer(data_dir):
 def main():
     parts = {
         "training": measure_training,
+        "augmentation": measure_augmentation,
         "startup": measure_startup,
         "drawing": measure_drawing,
         "transfer": measure_transfer,
