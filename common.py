@@ -742,8 +742,8 @@ def train_all(train, labels, digits: Digits, options) -> dict[str, list[Run]]:
         if isinstance(stop, Interrupted) and stop.history.rows:
             histories.setdefault(label, []).append(stop.history)
         if histories:
-            write_log(options, histories)
-            plot_curves(options, histories, "Interrupted: the epochs so far", digits)
+            write_log(histories, options)
+            plot_curves(histories, "Interrupted: the epochs so far", digits, options)
         print(f"interrupted; what there is lies in {options.stem.parent}", flush=True)
         sys.exit(130)
     return runs
@@ -792,7 +792,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vPX"
 
 
-def save_figure(options, what: str, figure: Figure, title: str, digits: Digits) -> None:
+def save_figure(figure: Figure, what: str, title: str, digits: Digits, options) -> None:
     """Title the figure, saying so if its data are not MNIST, and write it."""
     mark = "" if digits.source == "MNIST" else f"[{digits.source}] "
     figure.suptitle(mark + title, fontweight="bold")
@@ -803,7 +803,7 @@ def save_figure(options, what: str, figure: Figure, title: str, digits: Digits) 
 TICKS = [m * 10**e for e in range(-5, 4) for m in (1, 2, 5)]
 
 
-def plot_curves(options, histories: dict, title: str, digits: Digits) -> None:
+def plot_curves(histories: dict, title: str, digits: Digits, options) -> None:
     """Loss and accuracy by epoch, as the mean over the seeds that still train and the
     band from the least to the greatest. A single label has a colour each for training
     and validation; several have one each, with training dashed.
@@ -853,19 +853,17 @@ def plot_curves(options, histories: dict, title: str, digits: Digits) -> None:
         label_ends(axes, ends)
     note = "open markers: the epoch whose weights were kept"
     figure.supxlabel(note + "; dashed: training" * (not single), fontsize=9)
-    save_figure(options, "curves", figure, title, digits)
+    save_figure(figure, "curves", title, digits, options)
 
 
 def label_ends(axes, ends: list[tuple]) -> None:
     """Write (x, y, text, colour) right of the ends of lines, each clear of the next."""
-    below = -math.inf
-    for x, y, text, color in sorted(
-        ends, key=lambda e: axes.transData.transform(e[:2])[1]
-    ):
-        height = axes.transData.transform((x, y))[1]
-        below = max(height, below + 18)  # pixels, a line of text
+    heights = [axes.transData.transform(end[:2])[1] for end in ends]  # in pixels
+    free = -math.inf
+    for height, (x, y, text, color) in sorted(zip(heights, ends, strict=True)):
+        free = max(height, free + 18)  # a line of text above the one below
         place = {"textcoords": "offset pixels", "va": "center", "color": color}
-        axes.annotate(text, (x, y), (10, below - height), **place)
+        axes.annotate(text, (x, y), (10, free - height), **place)
 
 
 def count_confusions(logits: Tensor, labels: Tensor) -> Tensor:
@@ -882,7 +880,7 @@ def most_confused(counts: Tensor, most: int = 5) -> list[dict]:
     return [{"true": t, "predicted": p, "count": n} for (t, p), n in pairs if n]
 
 
-def plot_confusion(options, run: Run, digits: Digits, what: str = "confusion") -> None:
+def plot_confusion(run: Run, digits: Digits, options, what: str = "confusion") -> None:
     """Confusion matrix; colour is for the mistakes, which the diagonal would drown."""
     figure = Figure(figsize=(7, 6.5), layout="constrained")
     axes = figure.subplots()
@@ -899,15 +897,15 @@ def plot_confusion(options, run: Run, digits: Digits, what: str = "confusion") -
     if pairs := run.scores["most_confused"]:
         worst = "{true} as {predicted} ({count}x)".format(**pairs[0])
         title += f", most often {worst}"
-    save_figure(options, what, figure, title, digits)
+    save_figure(figure, what, title, digits, options)
 
 
-def plot_runs(options, runs: dict[str, list[Run]], title: str, digits: Digits) -> None:
+def plot_runs(runs: dict[str, list[Run]], title: str, digits: Digits, options) -> None:
     """The curves of all runs, and the confusion matrix of the best of each label."""
-    plot_curves(options, histories_of(runs), title, digits)
+    plot_curves(histories_of(runs), title, digits, options)
     for label, seeds in runs.items():
         what = "confusion" if len(runs) == 1 else f"confusion_{slug(label)}"
-        plot_confusion(options, best_run(seeds), digits, what)
+        plot_confusion(best_run(seeds), digits, options, what)
 
 
 def draw_images(axes, images: Tensor, columns: int, captions: list[str] = ()) -> None:
@@ -944,7 +942,7 @@ def slug(label: str) -> str:
     return label.replace(" ", "-")
 
 
-def write_log(options, histories: dict[str, list[History]]) -> None:
+def write_log(histories: dict[str, list[History]], options) -> None:
     """<stem>.csv: a row for each run and epoch."""
     rows = [
         {"run": label, "seed": seed} | row
@@ -966,7 +964,7 @@ def report(runs: dict[str, list[Run]], digits: Digits, options) -> None:
 
     A run that diverged ends the program with exit code 1, after all is written.
     """
-    write_log(options, histories_of(runs))
+    write_log(histories_of(runs), options)
     parts = zip(Digits._fields, digits[:3], strict=False)
     results = {
         "script": options.script,
@@ -1003,45 +1001,37 @@ def report(runs: dict[str, list[Run]], digits: Digits, options) -> None:
     for label, run in shown.items():
         print(f"{label:<24}{run['parameters']:>12,}   {describe(run['seeds'])}")
     print(f"log, results and plots: {options.stem}*")
-    if diverged := [
-        k for k, seeds in histories_of(runs).items() if any(h.diverged for h in seeds)
-    ]:
-        sys.exit(f"training diverged: {', '.join(diverged)}; a lower --lr may help")
+    for label, seeds in histories_of(runs).items():
+        if any(history.diverged for history in seeds):
+            sys.exit(f"training diverged: {label}; a lower --lr may help")
 
 
-def number(kind: type, least: float):
-    """A parser of finite numbers for argparse: at least 0 or 1, or, of floats, above."""
+def whole(least: int):
+    """A parser for argparse of whole numbers of at least `least`."""
 
     def parse(text):
-        try:
-            value = kind(text)
-            if (value < least) if kind is int else not 0 < value < math.inf:
-                raise ValueError
-        except ValueError:
-            wanted = (
-                f"a whole number of at least {least}"
-                if kind is int
-                else "a number above 0"
-            )
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-        return value
+        if text.isascii() and text.isdigit() and int(text) >= least:
+            return int(text)
+        message = f"{text!r} is not a whole number of at least {least}"
+        raise argparse.ArgumentTypeError(message)
 
     return parse
 
 
-def parse_options(
-    script,
-    doc,
-    argv=None,
-    *,
-    epochs=None,
-    batch_size=None,
-    lr=None,
-    networks=(),
-    resumable=False,
-):
-    """The command line of the script in the file `script`. Its recipe gives the
-    defaults; they stay None where each of its `networks` has a recipe of its own.
+def positive(text: str) -> float:
+    """A parser for argparse of finite numbers above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if 0 < value < math.inf:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
+def parse_options(script, doc, argv=None, *, recipe=None, networks=(), resumable=False):
+    """The command line of the script in the file `script`. The defaults are those of
+    its `recipe` (epochs, batch_size, lr), or None if its `networks` have one each.
 
     Returns a namespace: epochs, batch_size, lr, seeds (a list), device (torch.device),
     precision ("fp32" or "bf16"), data, data_dir, limit, resume, networks (a list),
@@ -1052,21 +1042,22 @@ def parse_options(
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=layout)
     parser.error = lambda message: parser.exit(2, f"{script.name}: {message}\n")
-    add, positive = parser.add_argument, number(int, 1)
-    recipe = "(%(default)s)" if epochs else "(each network's own)"
-    add("--epochs", type=positive, default=epochs, help=f"at most {recipe}")
-    add("--batch-size", type=positive, default=batch_size, help=recipe)
-    add("--lr", type=number(float, 0), default=lr, help=f"learning rate {recipe}")
+    default = "(%(default)s)" if recipe else "(each network's own)"
+    add = parser.add_argument
+    add("--epochs", type=whole(1), help=f"at most {default}")
+    add("--batch-size", type=whole(1), help=default)
+    add("--lr", type=positive, help=f"learning rate {default}")
+    parser.set_defaults(**recipe or {})
     seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=number(int, 0), default=0, help="(%(default)s)")
-    seeds.add_argument("--seeds", type=positive, metavar="N", help="run 0, 1, .. N-1")
+    seeds.add_argument("--seed", type=whole(0), default=0, help="(%(default)s)")
+    seeds.add_argument("--seeds", type=whole(1), metavar="N", help="run 0, 1, .. N-1")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     add("--data", choices=["auto", "mnist", "synthetic"], default="auto")
     data_dir = os.environ.get("MNIST_DIR") or ROOT / "data"
     add("--data-dir", type=Path, default=data_dir, help="(MNIST_DIR, or data/)")
     add("--out-dir", type=Path, default=script.parent, help="(beside the script)")
-    add("--limit", type=positive, metavar="N", help="train on the first N images")
+    add("--limit", type=whole(1), metavar="N", help="train on the first N images")
     if networks:
         add("--only", choices=networks, help="train one network")
     if resumable:
@@ -1074,13 +1065,12 @@ def parse_options(
     options = parser.parse_args(argv)
 
     devices = available_devices()
-    if options.device not in ("auto", *devices):
-        parser.error(
-            f"--device {options.device}: not here; there is {', '.join(devices)}"
-        )
-    options.device = torch.device(
-        devices[0] if options.device == "auto" else options.device
-    )
+    if options.device == "auto":
+        options.device = devices[0]
+    if options.device not in devices:
+        here = ", ".join(devices)
+        parser.error(f"--device {options.device}: not here; there is {here}")
+    options.device = torch.device(options.device)
     if options.precision == "auto":
         options.precision = "bf16" if has_native_bf16(options.device) else "fp32"
     options.seeds = list(range(options.seeds)) if options.seeds else [options.seed]

@@ -20,10 +20,12 @@ from matplotlib.figure import Figure
 
 import common
 
-EPOCHS = 20  # at most: early stopping comes first
+RECIPE = {
+    "epochs": 20,  # at most: early stopping comes first
+    "batch_size": 64,
+    "lr": 1e-3,  # Adam's default
+}
 PATIENCE = 3  # epochs without a better validation accuracy
-BATCH_SIZE = 64
-LEARNING_RATE = 1e-3  # Adam's default
 DECAY = {  # factor on the learning rate after each epoch
     "baseline": 0.8,  # 1/25 of the rate is left when early stopping usually comes
     "constant rate": 1.0,  # the published recipe
@@ -60,16 +62,16 @@ def train(digits, options, label, seed):
     return model, history
 
 
-def plot_samples(options, digits):
+def plot_samples(digits, options):
     images, labels = digits.train
     rows = [images[labels == digit][:10] for digit in range(10)]
     figure = Figure(figsize=(7, 7.5), layout="constrained")
     common.draw_images(figure.subplots(), torch.cat(rows), columns=10)
     title = "The data: ten training images of each digit"
-    common.save_figure(options, "samples", figure, title, digits)
+    common.save_figure(figure, "samples", title, digits, options)
 
 
-def plot_mistakes(options, digits, logits):
+def plot_mistakes(logits, digits, options):
     """The wrong predictions of which the network was the surest, the surest first."""
     images, labels = digits.test
     confidence, predicted = logits.softmax(1).max(1)
@@ -82,12 +84,13 @@ def plot_mistakes(options, digits, logits):
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     common.draw_images(figure.subplots(), images[shown], columns=8, captions=captions)
     title = f"{len(wrong)} of {len(labels):,} test digits are misread; here the surest"
-    common.save_figure(options, "mistakes", figure, title, digits)
+    common.save_figure(figure, "mistakes", title, digits, options)
 
 
 def main(argv=None):
-    recipe = {"epochs": EPOCHS, "batch_size": BATCH_SIZE, "lr": LEARNING_RATE}
-    options = common.parse_options(__file__, __doc__, argv, **recipe, resumable=True)
+    options = common.parse_options(
+        __file__, __doc__, argv, recipe=RECIPE, resumable=True
+    )
     digits = common.load_digits(options)
     paths = [checkpoint(options, label, s) for label in DECAY for s in options.seeds]
     if options.resume and not any(path.exists() for path in paths):
@@ -96,7 +99,7 @@ def main(argv=None):
         for path in paths:  # what an older run left is no part of this one
             path.unlink(missing_ok=True)
     common.print_layers(common.baseline_cnn())
-    plot_samples(options, digits)
+    plot_samples(digits, options)
 
     runs = common.train_all(train, DECAY, digits, options)
 
@@ -104,10 +107,10 @@ def main(argv=None):
         common.describe([run.scores for run in seeds]) for seeds in runs.values()
     )
     title = f"Baseline CNN: {decaying}; at a constant learning rate {constant}"
-    common.plot_curves(options, common.histories_of(runs), title, digits)
+    common.plot_curves(common.histories_of(runs), title, digits, options)
     best = common.best_run(runs["baseline"])
-    common.plot_confusion(options, best, digits)
-    plot_mistakes(options, digits, best.test_logits)
+    common.plot_confusion(best, digits, options)
+    plot_mistakes(best.test_logits, digits, options)
     print(f"most confused pairs, seed {best.scores['seed']}:")
     for pair in best.scores["most_confused"]:
         print("  {true} read as {predicted}: {count}x".format(**pair))

@@ -23,8 +23,8 @@ sys.path.insert(0, str(HERE.parent))  # common.py lives one level up
 
 import common
 
-EPOCHS, PATIENCE, BATCH_SIZE = 20, 3, 64  # the baseline's
-LEARNING_RATE, DECAY = 1e-3, 0.8  # the baseline's, too: times 0.8 after each epoch
+RECIPE = {"epochs": 20, "batch_size": 64, "lr": 1e-3}  # the baseline's
+PATIENCE, DECAY = 3, 0.8  # the baseline's: early stopping; the rate after each epoch
 
 
 def block(channels_in, channels_out, pool):
@@ -70,8 +70,7 @@ def train(digits, options, label, seed):
 
 
 def main(argv=None):
-    recipe = {"epochs": EPOCHS, "batch_size": BATCH_SIZE, "lr": LEARNING_RATE}
-    options = common.parse_options(__file__, __doc__, argv, **recipe)
+    options = common.parse_options(__file__, __doc__, argv, recipe=RECIPE)
     digits = common.load_digits(options)
     common.print_layers(batchnorm_gap_cnn())
 
@@ -79,7 +78,7 @@ def main(argv=None):
 
     accuracy = common.describe([run.scores for run in runs["BatchNorm and GAP"]])
     title = f"BatchNorm and GAP: {accuracy} on the test images"
-    common.plot_runs(options, runs, title, digits)
+    common.plot_runs(runs, title, digits, options)
     common.report(runs, digits, options)
 
 

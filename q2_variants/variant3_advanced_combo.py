@@ -22,10 +22,8 @@ sys.path.insert(0, str(HERE.parent))  # common.py lives one level up
 
 import common
 
-EPOCHS = 15  # both recipes
-BATCH_SIZE = 64  # published
-LEARNING_RATE = 1e-3  # published; the improved recipe's cycle peaks at PEAK times that
-PEAK = 3
+RECIPE = {"epochs": 15, "batch_size": 64, "lr": 1e-3}  # batch size and rate: published
+PEAK = 3  # the improved recipe's cycle rises to this multiple of the rate
 AUGMENT = partial(common.random_affine, degrees=(10,), shift=2, scale=0.1)
 
 
@@ -57,8 +55,7 @@ def train(digits, options, label, seed):
 
 
 def main(argv=None):
-    recipe = {"epochs": EPOCHS, "batch_size": BATCH_SIZE, "lr": LEARNING_RATE}
-    options = common.parse_options(__file__, __doc__, argv, **recipe)
+    options = common.parse_options(__file__, __doc__, argv, recipe=RECIPE)
     digits = common.load_digits(options)
     common.print_layers(common.advanced_combo_cnn())
 
@@ -70,7 +67,7 @@ def main(argv=None):
         common.describe([run.scores for run in seeds]) for seeds in runs.values()
     )
     title = f"AdvancedComboCNN: {published} as published, {improved} improved"
-    common.plot_runs(options, runs, title, digits)
+    common.plot_runs(runs, title, digits, options)
     common.report(runs, digits, options)
 
 

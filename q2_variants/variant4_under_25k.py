@@ -101,7 +101,7 @@ def train(digits, options, label, seed):
     return model, history
 
 
-def plot_augmentation(options, digits):
+def plot_augmentation(digits, options):
     """Twelve training images, and below each what the network may see of it instead."""
     originals = digits.train.images[:12]
     generator = torch.Generator(originals.device).manual_seed(0)
@@ -112,7 +112,7 @@ def plot_augmentation(options, digits):
     title = (
         "Augmentation: the first row as it is, the others turned or cut to the centre"
     )
-    common.save_figure(options, "augmentation", figure, title, digits)
+    common.save_figure(figure, "augmentation", title, digits, options)
 
 
 def main(argv=None):
@@ -121,7 +121,7 @@ def main(argv=None):
     for label in options.networks:
         print(label)
         common.print_layers(NETWORKS[label]())
-    plot_augmentation(options, digits)
+    plot_augmentation(digits, options)
 
     runs = common.train_all(train, options.networks, digits, options)
 
@@ -129,7 +129,7 @@ def main(argv=None):
         f"{label}: {common.describe([run.scores for run in seeds])}"
         for label, seeds in runs.items()
     )
-    common.plot_runs(options, runs, best, digits)
+    common.plot_runs(runs, best, digits, options)
     common.report(runs, digits, options)
 
 

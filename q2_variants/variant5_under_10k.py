@@ -144,7 +144,7 @@ def train(digits, options, label, seed):
     return model, history
 
 
-def plot_sizes(options, runs, digits):
+def plot_sizes(runs, digits, options):
     """Test accuracy against parameters, with the published numbers beside ours."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -163,7 +163,7 @@ def plot_sizes(options, runs, digits):
     best = max(runs, key=lambda label: runs[label][0].scores["val_accuracy"])
     accuracy = common.describe([run.scores for run in runs[best]])
     title = f"{best} is the best: {accuracy} (bars: published, one run each)"
-    common.save_figure(options, "sizes", figure, title, digits)
+    common.save_figure(figure, "sizes", title, digits, options)
 
 
 def main(argv=None):
@@ -176,8 +176,8 @@ def main(argv=None):
 
     runs = common.train_all(train, labels, digits, options)
 
-    common.plot_runs(options, runs, "Under 10,000 parameters", digits)
-    plot_sizes(options, runs, digits)
+    common.plot_runs(runs, "Under 10,000 parameters", digits, options)
+    plot_sizes(runs, digits, options)
     common.report(runs, digits, options)
 
 

@@ -172,14 +172,13 @@ def measure_transfer(data_dir):
         common.draw_images(axes, torch.cat(rows), columns=10)
     options = SimpleNamespace(stem=HERE / "benchmark")
     title = "Left: the synthetic stand-in, drawn by the program. Right: MNIST"
-    common.save_figure(options, "standin", figure, title, real)
+    common.save_figure(figure, "standin", title, real, options)
 
     accuracies = []
     with tempfile.TemporaryDirectory() as folder:
-        recipe = {"epochs": q1_baseline.EPOCHS, "batch_size": q1_baseline.BATCH_SIZE}
-        recipe |= {"lr": q1_baseline.LEARNING_RATE, "resumable": True}
         arguments = ["--device", "cpu", "--out-dir", folder]
-        options = common.parse_options(SCRIPT, "", arguments, **recipe)
+        how = {"recipe": q1_baseline.RECIPE, "resumable": True}
+        options = common.parse_options(SCRIPT, "", arguments, **how)
         for seed in range(5):
             model, _ = q1_baseline.train(drawn, options, "baseline", seed)
             accuracies.append(common.evaluate(model, real.test).accuracy)
