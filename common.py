@@ -214,7 +214,7 @@ def download_mnist(raw: Path, names: list[str]) -> None:
         if not outcome:
             raise OSError(f"it takes more than {DOWNLOAD_SECONDS} s")
         if isinstance(outcome[0], Exception):
-            raise OSError(" ".join(str(outcome[0]).split())[:200])
+            raise OSError(str(outcome[0]).rpartition("got:")[2].strip()[:200])
         for name in names:
             os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
 
@@ -486,10 +486,10 @@ def layer_table(model: nn.Module) -> list[tuple[str, tuple[int, ...], int]]:
 
 def print_layers(model: nn.Module) -> None:
     """Print the layer table with its total."""
-    print(f"{'layer':<12} {'output shape':<14} {'parameters':>10}")
+    print(f"{'layer':<18} {'output shape':<14} {'parameters':>10}")
     for name, shape, parameters in layer_table(model):
-        print(f"{name:<12} {' x '.join(map(str, shape)):<14} {parameters:>10,}")
-    print(f"{'total':<27} {count_parameters(model):>10,}\n")
+        print(f"{name:<18} {' x '.join(map(str, shape)):<14} {parameters:>10,}")
+    print(f"{'total':<33} {count_parameters(model):>10,}\n")
 
 
 # -------------------------------------------------------------------------------------
