@@ -91,7 +91,7 @@ def test_evaluation_leaves_no_trace(tiny):
 def train(tiny, seed=0, dropout=0.2, lr=1e-3, scheduled=False, epochs=3, **options):
     """A small training: (history without its clock, weights)."""
     torch.manual_seed(seed)
-    model = small_cnn(dropout)
+    model = small_cnn(dropout).to(tiny.train.labels.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     if scheduled:
         cycle, total = torch.optim.lr_scheduler.OneCycleLR, epochs * STEPS
@@ -195,6 +195,15 @@ def test_resume_ends_in_the_bits_of_a_run_never_stopped(tiny, tmp_path, after, o
     stop(tiny, path, after, **options)
     resumed = train(tiny, checkpoint=path, resume=True, **options)
     assert same(train(tiny, **options), resumed)
+
+
+@pytest.mark.parametrize("device", common.available_devices())
+def test_every_device_here_trains_augments_and_resumes(tiny, tmp_path, device):
+    parts = [common.Split(*(t.to(device) for t in part)) for part in tiny[:3]]
+    digits, options = common.Digits(*parts, tiny.source), {"augment": TURN}
+    stop(digits, tmp_path / "c.pt", STEPS + 1, **options)
+    resumed = train(digits, checkpoint=tmp_path / "c.pt", resume=True, **options)
+    assert same(train(digits, **options), resumed)
 
 
 def test_resuming_a_finished_run_trains_no_further(tiny, tmp_path):
