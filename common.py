@@ -911,9 +911,10 @@ def plot_runs(runs: dict[str, list[Run]], title: str, digits: Digits, options) -
 def draw_images(axes, images: Tensor, columns: int, captions: list[str] = ()) -> None:
     """Images (N, 1, 28, 28) in rows of `columns`, dark on light as on paper; captions
     of two short lines stand above them."""
-    top = 14 if captions else 2  # pixels
-    tiles = F.pad(images.cpu(), (2, 2, top, 2, 0, 0, 0, -len(images) % columns))
-    tiles = tiles.reshape(-1, columns, 30 + top, 32).transpose(1, 2).flatten(2)
+    top, rows = 14 if captions else 2, max(1, math.ceil(len(images) / columns))
+    blank = rows * columns - len(images)
+    tiles = F.pad(images.cpu(), (2, 2, top, 2, 0, 0, 0, blank))
+    tiles = tiles.view(rows, columns, 30 + top, 32).transpose(1, 2).flatten(2)
     axes.imshow(tiles.flatten(0, 1).numpy(), cmap="gray_r", vmin=0, vmax=255)
     for i, caption in enumerate(captions):
         x, y = 32 * (i % columns) + 16, (30 + top) * (i // columns) + top

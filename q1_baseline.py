@@ -64,9 +64,12 @@ def train(digits, options, label, seed):
 
 def plot_samples(digits, options):
     images, labels = digits.train
-    rows = [images[labels == digit][:10] for digit in range(10)]
+    shown = images.new_zeros(10, 10, 1, 28, 28)
+    for digit in range(10):
+        mine = images[labels == digit][:10]
+        shown[digit, : len(mine)] = mine
     figure = Figure(figsize=(7, 7.5), layout="constrained")
-    common.draw_images(figure.subplots(), torch.cat(rows), columns=10)
+    common.draw_images(figure.subplots(), shown.flatten(0, 1), columns=10)
     title = "The data: ten training images of each digit"
     common.save_figure(figure, "samples", title, digits, options)
 

@@ -228,6 +228,18 @@ def test_a_full_disk_is_one_line(mnist_folder, tmp_path):
     assert left == ["q1_baseline_samples.png"]
 
 
+def test_a_single_image_is_enough_and_no_mistake_is_no_trouble(
+    tiny, mnist_folder, tmp_path
+):
+    arguments = f"--data-dir {mnist_folder} --out-dir {tmp_path} --limit 1 --epochs 1"
+    q1_baseline.main(arguments.split())
+    check_outputs(tmp_path, seeds=1)
+    options = common.argparse.Namespace(stem=tmp_path / "all_right")
+    logits = 100 * torch.nn.functional.one_hot(tiny.test.labels, 10).float()
+    q1_baseline.plot_mistakes(logits, tiny, options)
+    assert (tmp_path / "all_right_mistakes.png").exists()
+
+
 def test_divergence_is_reported_and_ends_with_exit_code_1(mnist_folder, tmp_path):
     arguments = f"--data-dir {mnist_folder} --out-dir {tmp_path} --lr 1e30"
     with pytest.raises(SystemExit, match=r"^training diverged: .*$"):
