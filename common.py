@@ -1032,7 +1032,7 @@ def positive(text: str) -> float:
 
 def parse_options(script, doc, argv=None, *, recipe=None, networks=(), resumable=False):
     """The command line of the script in the file `script`. The defaults are those of
-    its `recipe` (epochs, batch_size, lr), or None if its `networks` have one each.
+    its `recipe` (epochs, batch_size, lr), or None for what each of its runs has its own.
 
     Returns a namespace: epochs, batch_size, lr, seeds (a list), device (torch.device),
     precision ("fp32" or "bf16"), data, data_dir, limit, resume, networks (a list),
@@ -1043,12 +1043,12 @@ def parse_options(script, doc, argv=None, *, recipe=None, networks=(), resumable
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=layout)
     parser.error = lambda message: parser.exit(2, f"{script.name}: {message}\n")
-    default = "(%(default)s)" if recipe else "(each network's own)"
-    add = parser.add_argument
-    add("--epochs", type=whole(1), help=f"at most {default}")
-    add("--batch-size", type=whole(1), help=default)
-    add("--lr", type=positive, help=f"learning rate {default}")
-    parser.set_defaults(**recipe or {})
+    add, recipe = parser.add_argument, recipe or {}
+    shown = dict.fromkeys(("epochs", "batch_size", "lr"), "each run's own") | recipe
+    add("--epochs", type=whole(1), help="at most ({epochs})".format(**shown))
+    add("--batch-size", type=whole(1), help="({batch_size})".format(**shown))
+    add("--lr", type=positive, help="learning rate ({lr})".format(**shown))
+    parser.set_defaults(**recipe)
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=whole(0), default=0, help="(%(default)s)")
     seeds.add_argument("--seeds", type=whole(1), metavar="N", help="run 0, 1, .. N-1")

@@ -22,7 +22,11 @@ sys.path.insert(0, str(HERE.parent))  # common.py lives one level up
 
 import common
 
-RECIPE = {"epochs": 15, "batch_size": 64, "lr": 1e-3}  # batch size and rate: published
+RECIPE = {"batch_size": 64, "lr": 1e-3}  # published
+EPOCHS = {
+    "published recipe": 25,  # how many is not published; accuracy creeps up for long
+    "improved recipe": 15,  # the length of its cycle
+}
 PEAK = 3  # the improved recipe's cycle rises to this multiple of the rate
 AUGMENT = partial(common.random_affine, degrees=(10,), shift=2, scale=0.1)
 
@@ -32,11 +36,12 @@ def train(digits, options, label, seed):
     model = common.advanced_combo_cnn(dropout=0.5)
     model.to(options.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
+    epochs = options.epochs or EPOCHS[label]
     scheduler = augment = None
     if label == "improved recipe":
         steps = math.ceil(len(digits.train.labels) / options.batch_size)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, PEAK * options.lr, total_steps=steps * options.epochs
+            optimizer, PEAK * options.lr, total_steps=steps * epochs
         )
         augment = AUGMENT
     history = common.fit(
@@ -44,7 +49,7 @@ def train(digits, options, label, seed):
         digits.train,
         digits.val,
         optimizer,
-        epochs=options.epochs,
+        epochs=epochs,
         batch_size=options.batch_size,
         seed=seed,
         scheduler=scheduler,
@@ -59,9 +64,7 @@ def main(argv=None):
     digits = common.load_digits(options)
     common.print_layers(common.advanced_combo_cnn())
 
-    runs = common.train_all(
-        train, ["published recipe", "improved recipe"], digits, options
-    )
+    runs = common.train_all(train, EPOCHS, digits, options)
 
     published, improved = (
         common.describe([run.scores for run in seeds]) for seeds in runs.values()
