@@ -33,7 +33,7 @@ from q2_variants import variant4_under_25k
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = ROOT / "q1_baseline.py"
-IMAGES, BATCH, ROUNDS = 12_800, 64, 7
+IMAGES, BATCH, ROUNDS = 12_800, 64, 5
 
 
 def run(*command):
