@@ -1,10 +1,10 @@
 """Q2, variant 5: MnistNet_1, 2 and 3, three networks with fewer than 10,000 parameters.
 
-Expect  98.7 %, 99.4 % and 99.4 %: the smallest network is as good as any.
+Expect  what was published, of one run each: 98.49 %, 99.39 % and 99.45 %.
 Why     MnistNet_1 has neither BatchNorm nor augmentation and spends a third of its
         parameters on the last, 5x5 layer. MnistNet_2 puts global average pooling in
         its place, BatchNorm after every 3x3 layer, and turns the digits; MnistNet_3
-        thins out the second block, and loses nothing.
+        thins out the second block.
 Run     python q2_variants/variant5_under_10k.py     about ten minutes on two CPU cores
         python q2_variants/variant5_under_10k.py --only MnistNet_3
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR, StepLR
+from torch.optim.lr_scheduler import StepLR
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # common.py lives one level up
@@ -31,14 +31,30 @@ PUBLISHED = {  # accuracy in percent, of one run, chosen on the test images
     "MnistNet_2": 99.39,
     "MnistNet_3": 99.45,
 }
-RECIPES = {  # published; step: epochs after which the rate is multiplied by gamma
-    "MnistNet_1": {"lr": 0.01, "step": EPOCHS, "gamma": 1.0, "augment": None},
-    "MnistNet_2": {"lr": 0.075, "step": 2, "gamma": 0.65, "augment": TURNED},
-    "MnistNet_3": {"lr": 0.05, "step": 4, "gamma": 0.35, "augment": TURNED},
+# Published; step: epochs after which the rate is multiplied by gamma.
+RECIPES = {
+    "MnistNet_1": {
+        "lr": 0.01,
+        "nesterov": False,
+        "step": EPOCHS,
+        "gamma": 1.0,
+        "augment": None,
+    },
+    "MnistNet_2": {
+        "lr": 0.075,
+        "nesterov": True,
+        "step": 2,
+        "gamma": 0.65,
+        "augment": TURNED,
+    },
+    "MnistNet_3": {
+        "lr": 0.05,
+        "nesterov": False,
+        "step": 4,
+        "gamma": 0.35,
+        "augment": TURNED,
+    },
 }
-IMPROVED_EPOCHS = 40
-LABELS = [*RECIPES, "MnistNet_2 improved", "MnistNet_3 improved"]
-IMPROVED = partial(common.random_affine, degrees=(12,), shift=2, scale=0.1)
 
 
 def conv(channels_in, channels_out, kernel=3):
@@ -112,33 +128,24 @@ NETWORKS = {
 
 
 def train(digits, options, label, seed):
-    """`label` is a network, and "improved" behind it asks for that recipe."""
-    name, _, improved = label.partition(" ")
-    recipe = RECIPES[name]
+    recipe = RECIPES[label]
     batch_size, lr = options.batch_size or BATCH_SIZE, options.lr or recipe["lr"]
-    epochs = options.epochs or (IMPROVED_EPOCHS if improved else EPOCHS)
     steps = math.ceil(len(digits.train.labels) / batch_size)
     torch.manual_seed(seed)
-    model = NETWORKS[name]().to(options.device, memory_format=torch.channels_last)
-    if improved:
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
-        scheduler = OneCycleLR(optimizer, 0.01, total_steps=epochs * steps)
-    else:
-        nesterov = name == "MnistNet_2"
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=lr, momentum=0.9, nesterov=nesterov, fused=True
-        )
-        scheduler = StepLR(optimizer, recipe["step"] * steps, recipe["gamma"])
+    model = NETWORKS[label]().to(options.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=0.9, nesterov=recipe["nesterov"], fused=True
+    )
     history = common.fit(
         model,
         digits.train,
         digits.val,
         optimizer,
-        epochs=epochs,
+        epochs=options.epochs or EPOCHS,
         batch_size=batch_size,
         seed=seed,
-        scheduler=scheduler,
-        augment=IMPROVED if improved else recipe["augment"],
+        scheduler=StepLR(optimizer, recipe["step"] * steps, recipe["gamma"]),
+        augment=recipe["augment"],
         precision=options.precision,
     )
     return model, history
@@ -148,19 +155,16 @@ def plot_sizes(runs, digits, options):
     """Test accuracy against parameters, with the published numbers beside ours."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for i, (label, seeds) in enumerate(runs.items()):
-        accuracies = [run.scores["test_accuracy"] for run in seeds]
-        mean, std = common.mean_std(accuracies)
+    for label, seeds in runs.items():
+        mean, std = common.mean_std([run.scores["test_accuracy"] for run in seeds])
         parameters = common.count_parameters(seeds[0].model)
-        look = {"color": common.COLORS["improved" in label], "marker": "os"[i % 2]}
-        axes.errorbar(parameters, mean, std, capsize=4, **look)
+        axes.errorbar(parameters, mean, std, capsize=4, marker="o", color="#0072B2")
         axes.annotate(label, (parameters, mean), (8, 0), textcoords="offset points")
-        published = PUBLISHED[label.split()[0]]
-        axes.plot(parameters, published, marker="_", markersize=20, color="0.4")
+        axes.plot(parameters, PUBLISHED[label], marker="_", markersize=20, color="0.4")
     axes.margins(x=0.25)
     axes.set(xlabel="parameters", ylabel="test accuracy (%)")
     axes.spines[["top", "right"]].set_visible(False)
-    best = max(runs, key=lambda label: runs[label][0].scores["val_accuracy"])
+    best = max(runs, key=lambda k: common.best_run(runs[k]).scores["val_accuracy"])
     accuracy = common.describe([run.scores for run in runs[best]])
     title = f"{best} is the best: {accuracy} (bars: published, one run each)"
     common.save_figure(figure, "sizes", title, digits, options)
@@ -172,9 +176,8 @@ def main(argv=None):
     for name in options.networks:
         print(name)
         common.print_layers(NETWORKS[name]())
-    labels = [label for label in LABELS if label.split()[0] in options.networks]
 
-    runs = common.train_all(train, labels, digits, options)
+    runs = common.train_all(train, options.networks, digits, options)
 
     common.plot_runs(runs, "Under 10,000 parameters", digits, options)
     plot_sizes(runs, digits, options)

@@ -14,6 +14,7 @@ import common
 from q2_variants import variant1_kernel_sizes as variant1
 from q2_variants import variant2_batchnorm_gap as variant2
 from q2_variants import variant4_under_25k as variant4
+from q2_variants import variant5_under_10k as variant5
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,10 @@ NETWORKS = {
     common.advanced_combo_cnn: [832, 64, 18_496, 128, 8_320, 256, 1_290],
     variant4.narrow_head_cnn: [80, 1_168, 3_480, 19_250, 510],
     variant4.squeeze_cnn: [80, 1_168, 136, 1_168, 272, 4_640, 1_056, 15_690],
+    variant5.mnist_net_1: [72, 1_152, 2_304, 128, 576, 576, 1_152, 160, 2_500],
+    variant5.mnist_net_2: [72, 16, 1152, 32, 128, 1152, 32, 2304, 32, 2304, 32, 160],
+    variant5.mnist_net_3: [72, 16, 1152, 32, 128, 16]
+    + [864, 24, 1_728, 32, 2_304, 32, 160],
 }
 
 
@@ -102,6 +107,8 @@ def test_totals_are_the_published_ones():
     assert common.count_parameters(common.advanced_combo_cnn()) == 29_386
     assert common.count_parameters(variant4.narrow_head_cnn()) == 24_488
     assert common.count_parameters(variant4.squeeze_cnn()) == 24_210
+    tiny = variant5.mnist_net_1(), variant5.mnist_net_2(), variant5.mnist_net_3()
+    assert [common.count_parameters(net) for net in tiny] == [8_620, 7_416, 6_560]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -122,6 +129,7 @@ SCRIPTS = {
     "variant2_batchnorm_gap": ["BatchNorm and GAP"],
     "variant3_advanced_combo": ["published recipe", "improved recipe"],
     "variant4_under_25k": ["narrow-head", "squeeze"],
+    "variant5_under_10k": ["MnistNet_1", "MnistNet_2", "MnistNet_3"],
 }
 
 
