@@ -154,15 +154,15 @@ def test_every_plot_of_the_stand_in_is_marked(tiny, tmp_path, monkeypatch):
 
 @needs_mnist
 def test_q1_learns_real_mnist(tmp_path):
-    arguments = f"--data-dir {MNIST_DIR.resolve()} --limit 6000 --epochs 3"
+    arguments = f"--data-dir {MNIST_DIR.resolve()} --limit 4000 --epochs 2"
     code, _, err = run_script(
         "q1_baseline.py", f"{arguments} --out-dir .", cwd=tmp_path
     )
     assert code == 0, err
     found = results(tmp_path)
-    sizes = {"train": 6000, "val": 5000, "test": 10_000}
+    sizes = {"train": 4000, "val": 5000, "test": 10_000}
     assert found["data"] == {"source": "MNIST", **sizes}
-    assert found["runs"]["baseline"]["mean"] > 95
+    assert found["runs"]["baseline"]["mean"] > 92
 
 
 BAD = "--epochs=0 --epochs=-1 --epochs=1.5 --batch-size=0 --batch-size=many --lr=0"
