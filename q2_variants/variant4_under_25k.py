@@ -127,11 +127,11 @@ def main(argv=None):
 
     runs = common.train_all(train, options.networks, digits, options)
 
-    best = ", ".join(
+    title = ", ".join(
         f"{label}: {common.describe([run.scores for run in seeds])}"
         for label, seeds in runs.items()
     )
-    common.plot_runs(runs, best, digits, options)
+    common.plot_runs(runs, title, digits, options)
     common.report(runs, digits, options)
 
 

@@ -158,15 +158,15 @@ def plot_sizes(runs, digits, options):
     for label, seeds in runs.items():
         mean, std = common.mean_std([run.scores["test_accuracy"] for run in seeds])
         parameters = common.count_parameters(seeds[0].model)
-        axes.errorbar(parameters, mean, std, capsize=4, marker="o", color="#0072B2")
+        axes.errorbar(
+            parameters, mean, std, capsize=4, marker="o", color=common.COLORS[0]
+        )
         axes.annotate(label, (parameters, mean), (8, 0), textcoords="offset points")
         axes.plot(parameters, PUBLISHED[label], marker="_", markersize=20, color="0.4")
     axes.margins(x=0.25)
     axes.set(xlabel="parameters", ylabel="test accuracy (%)")
     axes.spines[["top", "right"]].set_visible(False)
-    best = max(runs, key=lambda k: common.best_run(runs[k]).scores["val_accuracy"])
-    accuracy = common.describe([run.scores for run in runs[best]])
-    title = f"{best} is the best: {accuracy} (bars: published, one run each)"
+    title = "Test accuracy against parameters; bars: published, one run each"
     common.save_figure(figure, "sizes", title, digits, options)
 
 
@@ -179,7 +179,11 @@ def main(argv=None):
 
     runs = common.train_all(train, options.networks, digits, options)
 
-    common.plot_runs(runs, "Under 10,000 parameters", digits, options)
+    title = ", ".join(
+        f"{label}: {common.describe([run.scores for run in seeds])}"
+        for label, seeds in runs.items()
+    )
+    common.plot_runs(runs, title, digits, options)
     plot_sizes(runs, digits, options)
     common.report(runs, digits, options)
 
