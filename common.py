@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -529,13 +530,15 @@ def evaluate(model: nn.Module, split: Split) -> Score:
 
 @dataclass
 class History:
-    """What `fit` saw: a row for each finished epoch, the loss of each step, the end."""
+    """What `fit` saw: a row for each finished epoch, the loss of each step, the end,
+    and what `check_health` found wrong with it."""
 
     config: dict
     rows: list[dict] = field(default_factory=list)
     step_losses: list[float] = field(default_factory=list)
     best_epoch: int = 0
     diverged: bool = False
+    health: list[str] = field(default_factory=list)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -585,7 +588,8 @@ def fit(
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     parts = {name: part for name, part in parts.items() if part is not None}
 
-    config = {"batch_size": batch_size, "epochs": epochs, "patience": patience}
+    config = {"images": count, "batch_size": batch_size, "epochs": epochs}
+    config |= {"patience": patience}
     config |= {"precision": precision, "augment": getattr(augment, "keywords", None)}
     config |= {"optimizer": type(optimizer).__name__}
     for key in ("lr", "momentum", "nesterov", "weight_decay"):
@@ -595,7 +599,7 @@ def fit(
         public = {k: v for k, v in scheduler.state_dict().items() if v and k[0] != "_"}
         config["scheduler"] = {"name": type(scheduler).__name__} | public
     history, best = History(config), copy.deepcopy(model.state_dict())
-    identity = config | {"seed": seed, "network": repr(model), "images": count}
+    identity = config | {"seed": seed, "network": repr(model)}
     identity |= {"data": zlib.crc32(train.images.cpu().contiguous().numpy())}
 
     def save():
@@ -614,7 +618,7 @@ def fit(
         order.set_state(state["order"])
         noise.set_state(state["noise"])
         rng.set_rng_state(state["rng"])
-        best, history = state["best"], History(**state["history"])
+        best, history = state["best"], History(**state["history"] | {"config": config})
     else:
         save()
 
@@ -670,6 +674,7 @@ def fit(
         raise Interrupted(history) from None
     finally:
         bar.close()
+    history.health = check_health(model, history, train)  # of the last weights
     model.load_state_dict(best)
     return history
 
@@ -684,6 +689,20 @@ def epoch_line(history: History, epochs: int, left: float) -> str:
     line += f"   lr {row['lr']:.2g}   {row['seconds']:.1f} s, {left:.0f} s left"
     end = "   best" * (history.best_epoch == row["epoch"])
     return line + (end if not history.diverged else "   DIVERGED")
+
+
+def run_settings(options, label: str, seed: int) -> dict:
+    """What `fit` takes from the command line for a run: seed, precision, checkpoint
+    <stem>_<label>_seed<seed>.pt, and whether to continue from that."""
+    path = checkpoint_path(options, label, seed)
+    resume = options.resume and path.exists()  # later runs had not begun
+    settings = {"seed": seed, "precision": options.precision}
+    return settings | {"checkpoint": path, "resume": resume}
+
+
+def checkpoint_path(options, label: str, seed: int) -> Path:
+    name = f"{options.stem.name}_{slug(label)}_seed{seed}.pt"
+    return options.stem.with_name(name)
 
 
 def load_checkpoint(path: Path, identity: dict) -> dict:
@@ -725,7 +744,16 @@ def train_all(train, labels, digits: Digits, options) -> dict[str, list[Run]]:
 
     Only here is the test split read, once for each run, after its weights are chosen.
     Ctrl-C writes log and curves of the epochs so far and ends the program with 130.
+    With `options.resume`, runs that were finished are not trained again.
     """
+    paths = [
+        checkpoint_path(options, label, s) for label in labels for s in options.seeds
+    ]
+    if options.resume and not any(path.exists() for path in paths):
+        sys.exit(f"cannot resume: there is no {paths[0]}; run without --resume")
+    if not options.resume:
+        for path in paths:  # what an older run left is no part of this one
+            path.unlink(missing_ok=True)
     runs, histories = {label: [] for label in labels}, {}
     try:
         for label in labels:
@@ -762,7 +790,7 @@ def conclude(model: nn.Module, history: History, seed: int, digits: Digits) -> R
         "epochs": len(history.rows),
         "best_epoch": history.best_epoch,
         "seconds": sum(row["seconds"] for row in history.rows),
-        "health": ["diverged"] * history.diverged,
+        "health": history.health,
         "most_confused": most_confused(count_confusions(logits, labels)),
     }
     return Run(model, history, scores, logits)
@@ -782,6 +810,97 @@ def best_run(seeds: list[Run]) -> Run:
 def histories_of(runs: dict[str, list[Run]]) -> dict[str, list[History]]:
     """The histories of all runs, for the log and the curves."""
     return {label: [run.history for run in seeds] for label, seeds in runs.items()}
+
+
+# -------------------------------------------------------------------------------------
+# Health checks: what is wrong with a training that ended
+# -------------------------------------------------------------------------------------
+ALARMS = (
+    "diverged",
+    "not learning",
+    "oscillating",
+    "exploding gradients",
+    "vanishing gradients",
+    "dead ReLUs",
+    "symmetric units",
+    "overfitting",
+)
+PROBE = 500  # training images on which gradients and ReLUs are looked at
+WINDOWS = 20  # parts of a training, over which the loss of the steps is averaged
+
+
+def check_health(model: nn.Module, history: History, train: Split) -> list[str]:
+    """The names of the `ALARMS` that a training which just ended sets off.
+
+    The loss alone names no cause: ln 10 = 2.30, the loss of guessing, is where healthy
+    networks begin and where dead, symmetric and exploded ones end.
+    """
+    if history.diverged:
+        return ["diverged"]
+    probe, rows = Split(train.images[:PROBE], train.labels[:PROBE]), history.rows
+    guessing = 100 * train.labels.bincount().max().item() / len(train.labels)
+    gradients = gradient_sizes(model, probe)
+    fewest = min(distinct_units(w) / len(w) for w in weights_of(model))
+    steps = torch.tensor(history.step_losses).tensor_split(WINDOWS)
+    means = torch.stack([part.mean() for part in steps if len(part)])
+    rise = (means - means.cummin(0).values).max().item()
+    last, least = rows[-1], min(row["val_loss"] for row in rows)
+    end = statistics.fmean(row["val_loss"] for row in rows[-3:])
+    alarms = {
+        "not learning": last["train_accuracy"] < 2 * guessing,
+        "oscillating": rise > 0.5,
+        "exploding gradients": not max(gradients) < 1,
+        "vanishing gradients": min(gradients) <= 1e-4 * max(gradients),
+        "dead ReLUs": max(dead_relus(model, probe.images), default=0) > 0.5,
+        "symmetric units": fewest < 0.5,
+        "overfitting": end > 1.2 * least and end > 4 * last["train_loss"],
+    }
+    return [name for name, alarm in alarms.items() if alarm]
+
+
+def weights_of(model: nn.Module) -> list[Tensor]:
+    """The weights of the layers, from the first to the last, with a row for each unit;
+    no biases, nothing of BatchNorm's."""
+    return [p for p in model.parameters() if p.dim() > 1]
+
+
+def gradient_sizes(model: nn.Module, split: Split) -> list[float]:
+    """Root mean square of the gradient of the loss on `split` by each layer's weights,
+    in evaluation mode: neither dropout nor BatchNorm's averages are touched."""
+    training = model.training
+    model.eval()
+    loss = F.cross_entropy(model(normalize(split.images)), split.labels)
+    gradients = torch.autograd.grad(loss, weights_of(model))
+    model.train(training)
+    return [gradient.square().mean().sqrt().item() for gradient in gradients]
+
+
+@torch.inference_mode()
+def dead_relus(model: nn.Module, images: Tensor) -> list[float]:
+    """For each ReLU layer, the share of its units (channels) that stay 0 everywhere in
+    all of `images`, uint8 (N, 1, 28, 28), N not too many to go through at once."""
+    shares, training = [], model.training
+
+    def note(_, __, output):
+        peaks = output.transpose(0, 1).flatten(1).amax(1)
+        shares.append((peaks <= 0).float().mean().item())
+
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.ReLU)]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    model.eval()(normalize(images))
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return shares
+
+
+def distinct_units(weight: Tensor) -> int:
+    """How many rows of a layer's weights differ from every row before them by more than
+    a thousandth of the longer one's length."""
+    rows = weight.detach().flatten(1).double()
+    lengths = rows.norm(dim=1)
+    same = torch.cdist(rows, rows) <= 1e-3 * torch.maximum(lengths, lengths[:, None])
+    return int((~same.tril(-1).any(1)).sum())
 
 
 # -------------------------------------------------------------------------------------
@@ -959,11 +1078,12 @@ def write_log(histories: dict[str, list[History]], options) -> None:
     write_file(f"{options.stem}.csv", file.getvalue().encode())
 
 
-def report(runs: dict[str, list[Run]], digits: Digits, options) -> None:
-    """Write <stem>.csv and <stem>.json; print a line for each label and, to compare
-    with, for the recorded baseline.
+def report(runs: dict[str, list[Run]], digits: Digits, options, broken=()) -> None:
+    """Write <stem>.csv and <stem>.json; print a line for each label, with the alarms
+    that its runs set off, and one for the recorded baseline, to compare with.
 
-    A run that diverged ends the program with exit code 1, after all is written.
+    A run that diverged ends the program with exit code 1, after all is written, unless
+    its label is among those `broken` on purpose.
     """
     write_log(histories_of(runs), options)
     parts = zip(Digits._fields, digits[:3], strict=False)
@@ -998,12 +1118,17 @@ def report(runs: dict[str, list[Run]], digits: Digits, options) -> None:
         baseline = json.loads(recorded.read_text())
         if baseline["data"] == results["data"]:
             shown = {"(Q1 baseline)": baseline["runs"]["baseline"]} | shown
-    print(f"{digits.source}\n{'run':<24}{'parameters':>12}   test accuracy")
+    print(
+        f"{digits.source}\n{'run':<24}{'parameters':>12}   {'test accuracy':<27}health"
+    )
     for label, run in shown.items():
-        print(f"{label:<24}{run['parameters']:>12,}   {describe(run['seeds'])}")
+        line = f"{label:<24}{run['parameters']:>12,}   {describe(run['seeds']):<27}"
+        alarms = Counter(name for seed in run["seeds"] for name in seed["health"])
+        alarms = [f"{name} ({count}x)" for name, count in alarms.items()]
+        print(line + (", ".join(alarms) or "no alarm"))
     print(f"log, results and plots: {options.stem}*")
     for label, seeds in histories_of(runs).items():
-        if any(history.diverged for history in seeds):
+        if label not in broken and any(history.diverged for history in seeds):
             sys.exit(f"training diverged: {label}; a lower --lr may help")
 
 
@@ -1030,7 +1155,7 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
 
 
-def parse_options(script, doc, argv=None, *, recipe=None, networks=(), resumable=False):
+def parse_options(script, doc, argv=None, *, recipe=None, networks=()):
     """The command line of the script in the file `script`. The defaults are those of
     its `recipe` (epochs, batch_size, lr), or None for what each of its runs has its own.
 
@@ -1061,8 +1186,7 @@ def parse_options(script, doc, argv=None, *, recipe=None, networks=(), resumable
     add("--limit", type=whole(1), metavar="N", help="train on the first N images")
     if networks:
         add("--only", choices=networks, help="train one network")
-    if resumable:
-        add("--resume", action="store_true", help="continue a run that was stopped")
+    add("--resume", action="store_true", help="continue where a stopped run was")
     options = parser.parse_args(argv)
 
     devices = available_devices()

@@ -32,11 +32,6 @@ DECAY = {  # factor on the learning rate after each epoch
 }
 
 
-def checkpoint(options, label, seed):
-    name = f"{options.stem.name}_{common.slug(label)}_seed{seed}.pt"
-    return options.stem.with_name(name)
-
-
 def train(digits, options, label, seed):
     torch.manual_seed(seed)
     model = common.baseline_cnn(dropout=0.5)
@@ -44,7 +39,6 @@ def train(digits, options, label, seed):
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
     steps = math.ceil(len(digits.train.labels) / options.batch_size)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, steps, DECAY[label])
-    path = checkpoint(options, label, seed)
     history = common.fit(
         model,
         digits.train,
@@ -52,12 +46,9 @@ def train(digits, options, label, seed):
         optimizer,
         epochs=options.epochs,
         batch_size=options.batch_size,
-        seed=seed,
         scheduler=scheduler,
         patience=PATIENCE,
-        precision=options.precision,
-        checkpoint=path,
-        resume=options.resume and path.exists(),  # later runs have not begun
+        **common.run_settings(options, label, seed),
     )
     return model, history
 
@@ -91,16 +82,8 @@ def plot_mistakes(logits, digits, options):
 
 
 def main(argv=None):
-    options = common.parse_options(
-        __file__, __doc__, argv, recipe=RECIPE, resumable=True
-    )
+    options = common.parse_options(__file__, __doc__, argv, recipe=RECIPE)
     digits = common.load_digits(options)
-    paths = [checkpoint(options, label, s) for label in DECAY for s in options.seeds]
-    if options.resume and not any(path.exists() for path in paths):
-        raise SystemExit(f"cannot resume: there is no {paths[0]}; run without --resume")
-    if not options.resume:
-        for path in paths:  # what an older run left is no part of this one
-            path.unlink(missing_ok=True)
     common.print_layers(common.baseline_cnn())
     plot_samples(digits, options)
 

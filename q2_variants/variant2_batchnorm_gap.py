@@ -64,10 +64,9 @@ def train(digits, options, label, seed):
         optimizer,
         epochs=options.epochs,
         batch_size=options.batch_size,
-        seed=seed,
         scheduler=torch.optim.lr_scheduler.StepLR(optimizer, steps, DECAY),
         patience=PATIENCE,
-        precision=options.precision,
+        **common.run_settings(options, label, seed),
     )
     return model, history
 

@@ -116,7 +116,10 @@ def measure_training(_):
 
 def measure_augmentation(_):
     """Variant 4's larger network with its augmentation, and without."""
-    network, augment = variant4_under_25k.narrow_head_cnn, variant4_under_25k.AUGMENT
+    network, augment = (
+        variant4_under_25k.narrow_head_cnn,
+        variant4_under_25k.TURN_OR_CROP,
+    )
     rates = {"fp32": [], "bf16": []}
     with tempfile.TemporaryDirectory() as folder:
         digits = small_mnist(folder)
@@ -177,7 +180,7 @@ def measure_transfer(data_dir):
     accuracies = []
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--device", "cpu", "--out-dir", folder]
-        how = {"recipe": q1_baseline.RECIPE, "resumable": True}
+        how = {"recipe": q1_baseline.RECIPE}
         options = common.parse_options(SCRIPT, "", arguments, **how)
         for seed in range(5):
             model, _ = q1_baseline.train(drawn, options, "baseline", seed)

@@ -128,8 +128,14 @@ SCRIPTS = {
     "variant1_kernel_sizes": ["5x5 and 1x1 kernels"],
     "variant2_batchnorm_gap": ["BatchNorm and GAP"],
     "variant3_advanced_combo": ["published recipe", "improved recipe"],
-    "variant4_under_25k": ["narrow-head", "squeeze"],
-    "variant5_under_10k": ["MnistNet_1", "MnistNet_2", "MnistNet_3"],
+    "variant4_under_25k": [
+        f"{name}{improved}"
+        for improved in ("", " improved")
+        for name in ("narrow-head", "squeeze")
+    ],
+    "variant5_under_10k": [
+        f"MnistNet_{i}{improved}" for improved in ("", " improved") for i in (1, 2, 3)
+    ],
 }
 
 
