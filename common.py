@@ -11,6 +11,7 @@ import copy
 import csv
 import ctypes
 import io
+import itertools
 import json
 import math
 import os
@@ -26,7 +27,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -692,11 +692,13 @@ def epoch_line(history: History, epochs: int, left: float) -> str:
 
 
 def run_settings(options, label: str, seed: int) -> dict:
-    """What `fit` takes from the command line for a run: seed, precision, checkpoint
-    <stem>_<label>_seed<seed>.pt, and whether to continue from that."""
+    """What `fit` takes from the command line for a run: seed, precision and, of scripts
+    that can resume, checkpoint <stem>_<label>_seed<seed>.pt and whether to continue."""
+    settings = {"seed": seed, "precision": options.precision}
+    if not options.resumable:
+        return settings
     path = checkpoint_path(options, label, seed)
     resume = options.resume and path.exists()  # later runs had not begun
-    settings = {"seed": seed, "precision": options.precision}
     return settings | {"checkpoint": path, "resume": resume}
 
 
@@ -796,6 +798,41 @@ def conclude(model: nn.Module, history: History, seed: int, digits: Digits) -> R
     return Run(model, history, scores, logits)
 
 
+def test_accuracies(runs: dict[str, list[Run]]) -> dict[str, list[float]]:
+    """The test accuracies of all runs, by label."""
+    return {
+        label: [run.scores["test_accuracy"] for run in seeds]
+        for label, seeds in runs.items()
+    }
+
+
+SWEEP_IMAGES = 10_000  # an epoch over these tells what trains from what does not
+
+
+def sweep(build, settings: list[dict], digits: Digits, options) -> list[dict]:
+    """Train `build(options, seed, **setting) -> (model, optimizer)` for an epoch on the
+    first SWEEP_IMAGES, for each setting and seed. Returns, and writes to
+    <stem>_sweep.csv, a row for each: its setting, seed and validation accuracy."""
+    part, rows = Split(*(t[:SWEEP_IMAGES] for t in digits.train)), []
+    for setting, seed in itertools.product(settings, options.seeds):
+        row = setting | {"seed": seed}
+        print("sweep:", ", ".join(f"{key} {value}" for key, value in row.items()))
+        model, optimizer = build(options, seed, **setting)
+        history = fit(
+            model,
+            part,
+            digits.val,
+            optimizer,
+            epochs=1,
+            batch_size=options.batch_size,
+            seed=seed,
+            precision=options.precision,
+        )
+        rows.append(row | {"accuracy": history.rows[-1]["val_accuracy"]})
+    write_csv(f"{options.stem}_sweep.csv", rows)
+    return rows
+
+
 def first_epoch(history: History, goal: float) -> str:
     """When the validation accuracy first reached `goal` percent, in words."""
     epochs = [r["epoch"] for r in history.rows if r["val_accuracy"] >= goal]
@@ -844,16 +881,16 @@ def check_health(model: nn.Module, history: History, train: Split) -> list[str]:
     steps = torch.tensor(history.step_losses).tensor_split(WINDOWS)
     means = torch.stack([part.mean() for part in steps if len(part)])
     rise = (means - means.cummin(0).values).max().item()
-    last, least = rows[-1], min(row["val_loss"] for row in rows)
-    end = statistics.fmean(row["val_loss"] for row in rows[-3:])
+    last = rows[-1]
+    gap = last["train_accuracy"] - last["val_accuracy"]
     alarms = {
         "not learning": last["train_accuracy"] < 2 * guessing,
         "oscillating": rise > 0.5,
         "exploding gradients": not max(gradients) < 1,
         "vanishing gradients": min(gradients) <= 1e-4 * max(gradients),
-        "dead ReLUs": max(dead_relus(model, probe.images), default=0) > 0.5,
+        "dead ReLUs": max(dead_relus(model, probe.images), default=0) > 0.9,
         "symmetric units": fewest < 0.5,
-        "overfitting": end > 1.2 * least and end > 4 * last["train_loss"],
+        "overfitting": last["val_loss"] > 10 * last["train_loss"] and gap > 1,
     }
     return [name for name, alarm in alarms.items() if alarm]
 
@@ -922,7 +959,9 @@ def save_figure(figure: Figure, what: str, title: str, digits: Digits, options) 
 TICKS = [m * 10**e for e in range(-5, 4) for m in (1, 2, 5)]
 
 
-def plot_curves(histories: dict, title: str, digits: Digits, options) -> None:
+def plot_curves(
+    histories: dict, title: str, digits: Digits, options, what: str = "curves"
+) -> None:
     """Loss and accuracy by epoch, as the mean over the seeds that still train and the
     band from the least to the greatest. A single label has a colour each for training
     and validation; several have one each, with training dashed.
@@ -942,7 +981,7 @@ def plot_curves(histories: dict, title: str, digits: Digits, options) -> None:
                     lines = [[max(100 - y, 0.01) for y in line] for line in lines]
                 columns = [  # of the seeds that still train in an epoch
                     [y for y in column if y is not None]
-                    for column in zip_longest(*lines)
+                    for column in itertools.zip_longest(*lines)
                 ]
                 epochs = range(1, len(columns) + 1)
                 mean = [statistics.fmean(column) for column in columns]
@@ -972,7 +1011,28 @@ def plot_curves(histories: dict, title: str, digits: Digits, options) -> None:
         label_ends(axes, ends)
     note = "open markers: the epoch whose weights were kept"
     figure.supxlabel(note + "; dashed: training" * (not single), fontsize=9)
-    save_figure(figure, "curves", title, digits, options)
+    save_figure(figure, what, title, digits, options)
+
+
+def plot_sweep(lines: dict, knob: str, name: str, title, digits, options) -> None:
+    """Validation accuracy against the `knob` of a sweep, on a logarithmic axis: for each
+    label rows with the knob, seed and "accuracy"; a line of means, points for seeds."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes, ends = figure.subplots(), []
+    for i, (label, rows) in enumerate(lines.items()):
+        color, points = COLORS[i], {}
+        for row in rows:
+            points.setdefault(row[knob], []).append(row["accuracy"])
+        means = [statistics.fmean(values) for values in points.values()]
+        axes.plot(list(points), means, color=color)
+        places = [row[knob] for row in rows], [row["accuracy"] for row in rows]
+        axes.plot(*places, MARKERS[i], color=color, fillstyle="none")
+        ends.append((list(points)[-1], means[-1], label, color))
+    axes.set(xscale="log", xlabel=name, ylim=(0, 100))
+    axes.set_ylabel("validation accuracy after one epoch (%)")
+    axes.spines[["top", "right"]].set_visible(False)
+    label_ends(axes, ends)
+    save_figure(figure, "sweep", title, digits, options)
 
 
 def label_ends(axes, ends: list[tuple]) -> None:
@@ -1070,12 +1130,17 @@ def write_log(histories: dict[str, list[History]], options) -> None:
         for seed, history in zip(options.seeds, seeds, strict=False)
         for row in history.rows
     ]
+    write_csv(f"{options.stem}.csv", rows)
+
+
+def write_csv(path: Path | str, rows: list[dict]) -> None:
+    """A table with the keys of the first row as its header; floats have six digits."""
     writer = csv.DictWriter(file := io.StringIO(), rows[0], lineterminator="\n")
     writer.writeheader()
     for row in rows:
         floats = {k: f"{v:.6g}" for k, v in row.items() if isinstance(v, float)}
         writer.writerow(row | floats)
-    write_file(f"{options.stem}.csv", file.getvalue().encode())
+    write_file(path, file.getvalue().encode())
 
 
 def report(runs: dict[str, list[Run]], digits: Digits, options, broken=()) -> None:
@@ -1132,6 +1197,32 @@ def report(runs: dict[str, list[Run]], digits: Digits, options, broken=()) -> No
             sys.exit(f"training diverged: {label}; a lower --lr may help")
 
 
+def check_claims(
+    claims: list[tuple[str, bool]], intended: dict[str, str], runs, digits, options
+) -> None:
+    """Print what a script claims and whether it came out so; exit code 1 if not.
+
+    `intended` names the alarm that every run of a label must set off; the runs of all
+    other labels must set off none. All this is claimed of the recipe on the whole of
+    MNIST; of other data or recipes it is not checked.
+    """
+    for label, seeds in runs.items():
+        for run in seeds:
+            wanted, found = intended.get(label), run.scores["health"]
+            right = wanted in found if wanted else not found
+            claim = f"{label}, seed {run.scores['seed']}: {wanted or 'no alarm'}"
+            claims = [*claims, (claim, right)]
+    changed = digits.source != "MNIST" or options.limit or options.recipe_changed
+    for claim, right in claims:
+        print(f"{'yes' if right else 'NO':<4}{claim}")
+    if changed:
+        print("not checked: the claims are about the recipe on the whole of MNIST")
+    elif not all(right for _, right in claims):
+        sys.exit("failure not reproduced: see the lines with NO")
+    else:
+        print("failure reproduced")
+
+
 def whole(least: int):
     """A parser for argparse of whole numbers of at least `least`."""
 
@@ -1155,7 +1246,7 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
 
 
-def parse_options(script, doc, argv=None, *, recipe=None, networks=()):
+def parse_options(script, doc, argv=None, *, recipe=None, networks=(), resumable=True):
     """The command line of the script in the file `script`. The defaults are those of
     its `recipe` (epochs, batch_size, lr), or None for what each of its runs has its own.
 
@@ -1186,8 +1277,14 @@ def parse_options(script, doc, argv=None, *, recipe=None, networks=()):
     add("--limit", type=whole(1), metavar="N", help="train on the first N images")
     if networks:
         add("--only", choices=networks, help="train one network")
-    add("--resume", action="store_true", help="continue where a stopped run was")
+    if resumable:
+        add("--resume", action="store_true", help="continue where a stopped run was")
+    else:
+        parser.set_defaults(resume=False)
     options = parser.parse_args(argv)
+    options.resumable = resumable
+    given = {name: getattr(options, name) for name in shown}
+    options.recipe_changed = given != dict.fromkeys(shown) | recipe
 
     devices = available_devices()
     if options.device == "auto":

@@ -33,9 +33,9 @@ RECIPES = {
         "dropout": 0.5,
     },
     "improved recipe": {
-        "epochs": 20,
+        "epochs": 30,
         "batch_size": 128,
-        "lr": 1e-2,  # the peak of a one-cycle schedule
+        "lr": 2e-2,  # the peak of a one-cycle schedule
         "dropout": 0.0,
     },
 }

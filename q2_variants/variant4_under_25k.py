@@ -34,8 +34,8 @@ TURN_AND_MOVE = partial(common.random_affine, degrees=(10,), shift=2, scale=0.1)
 RECIPES = {
     "narrow-head": {"epochs": 10, "batch_size": 256, "lr": 0.01, "step": 5},
     "squeeze": {"epochs": 5, "batch_size": 64, "lr": 0.002, "step": 15},
-    "narrow-head improved": {"epochs": 30, "batch_size": 256, "lr": 0.01},
-    "squeeze improved": {"epochs": 15, "batch_size": 64, "lr": 0.005},
+    "narrow-head improved": {"epochs": 20, "batch_size": 256, "lr": 0.01},
+    "squeeze improved": {"epochs": 10, "batch_size": 64, "lr": 0.005},
 }
 
 

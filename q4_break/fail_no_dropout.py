@@ -1,0 +1,140 @@
+"""Q4, no dropout: the baseline learns its training images by heart.
+
+Expect  on 5,000 training images the network without dropout reads them all, and two in
+        a hundred test images wrong; its validation loss is many times its training loss
+        and stops falling early. Augmentation closes the gap; dropout only narrows it.
+        On all images training accuracy passes 99.5 % within six epochs.
+Why     The fully connected layer has 400,000 weights, 80 for each image: enough to
+        recognise every image by its accidents. Dropout takes a random half of the
+        hidden units away, so that no few of them can agree on an image; augmentation
+        never shows the same image twice.
+Run     python q4_break/fail_no_dropout.py     under three minutes on two CPU cores
+"""
+
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # common.py lives one level up
+
+import common
+
+RECIPE = {"batch_size": 64, "lr": 1e-3}  # the baseline's
+IMAGES = 5_000  # few enough to be learnt by heart within a minute
+FEW = {"no dropout": 0.0, "dropout 0.5": 0.5, "no dropout, augmented": 0.0}
+ALL = {"all images, no dropout": 0.0, "all images, dropout 0.5": 0.5}
+EPOCHS = dict.fromkeys(FEW, 15) | dict.fromkeys(ALL, 6)
+AUGMENT = partial(common.random_affine, degrees=(10,), shift=2, scale=0.1)
+INTENDED = {"no dropout": "overfitting"}
+
+
+def train(digits, options, label, seed):
+    torch.manual_seed(seed)
+    model = common.baseline_cnn(dropout=(FEW | ALL)[label])
+    model.to(options.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
+    history = common.fit(
+        model,
+        digits.train,
+        digits.val,
+        optimizer,
+        epochs=options.epochs or EPOCHS[label],
+        batch_size=options.batch_size,
+        augment=AUGMENT if "augmented" in label else None,
+        **common.run_settings(options, label, seed),
+    )
+    return model, history
+
+
+def plot_gaps(runs, digits, options):
+    """Training and test accuracy of the kept weights, and the gap between them."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for y, (label, seeds) in enumerate(runs.items()):
+        trains, tests = (
+            [run.scores[f"{part}_accuracy"] for run in seeds]
+            for part in ("train", "test")
+        )
+        for values, name, i in ((trains, "training", 0), (tests, "test", 1)):
+            look = {"color": common.COLORS[i], "marker": common.MARKERS[i]}
+            axes.plot(values, [y] * len(values), ls="", **look)
+            if y == 0:
+                place = {"textcoords": "offset points", "ha": "center"}
+                axes.annotate(
+                    name, (values[0], y), (0, 10), color=look["color"], **place
+                )
+        gaps = [a - b for a, b in zip(trains, tests, strict=True)]
+        mean, std = common.mean_std(gaps)
+        text = f"{mean:.2f} points" if std is None else f"{mean:.2f} ± {std:.2f} points"
+        middle = (statistics.fmean(trains) + statistics.fmean(tests)) / 2
+        axes.annotate(
+            text, (middle, y), (0, -14), textcoords="offset points", ha="center"
+        )
+    axes.set(xlabel="accuracy of the kept weights (%)", ylim=(len(runs) - 0.4, -0.6))
+    axes.set_yticks(range(len(runs)), list(runs))
+    axes.spines[["top", "right"]].set_visible(False)
+    title = (
+        f"The gap between training and test accuracy, on {IMAGES:,} images and on all"
+    )
+    common.save_figure(figure, "gap", title, digits, options)
+
+
+def main(argv=None):
+    options = common.parse_options(
+        __file__, __doc__, argv, recipe=RECIPE, resumable=False
+    )
+    digits = common.load_digits(options)
+    few = digits._replace(train=common.Split(*(t[:IMAGES] for t in digits.train)))
+    runs = common.train_all(train, FEW, few, options)
+    runs |= common.train_all(train, ALL, digits, options)
+
+    ends = {
+        label: [run.history.rows[-1] for run in seeds] for label, seeds in runs.items()
+    }
+    times = [row["val_loss"] / row["train_loss"] for row in ends["no dropout"]]
+    title = (
+        f"{IMAGES:,} images, no dropout: the validation loss ends at {min(times):.0f} "
+        "times the training loss or more"
+    )
+    histories = common.histories_of(runs)
+    common.plot_curves({k: histories[k] for k in FEW}, title, digits, options)
+    title = "All images: without dropout training accuracy runs away from validation"
+    common.plot_curves({k: histories[k] for k in ALL}, title, digits, options, "all")
+    plot_gaps(runs, digits, options)
+    common.report(runs, digits, options)
+
+    for label, seeds in histories.items():
+        losses = [[row["val_loss"] for row in h.rows] for h in seeds]
+        turns = [values.index(min(values)) + 1 for values in losses]
+        rises = [values[-1] / min(values) for values in losses]
+        print(
+            f"{label}: validation loss is least in epoch {statistics.fmean(turns):.1f}, "
+            f"and ends at {statistics.fmean(rises):.2f} times that"
+        )
+    accuracies = common.test_accuracies(runs)
+    gains = [
+        b - a
+        for a, b in zip(
+            accuracies["no dropout"], accuracies["no dropout, augmented"], strict=True
+        )
+    ]
+    learnt = [row["train_accuracy"] for row in ends["no dropout"]]
+    whole = {k: [row["train_accuracy"] for row in ends[k]] for k in ALL}
+    none, half = whole.values()
+    claims = [
+        (f"it learns {min(learnt):.2f} % of its images by heart", min(learnt) > 99.5),
+        (f"validation loss is {min(times):.0f} times training loss", min(times) > 10),
+        (f"augmentation gains {min(gains):.2f} points or more", min(gains) > 0.3),
+        (f"all images, no dropout: training reads {min(none):.2f} %", min(none) > 99.4),
+        (f"with dropout 0.5 it reads {max(half):.2f} %", max(half) < min(none)),
+    ]
+    common.check_claims(claims, INTENDED, runs, digits, options)
+
+
+if __name__ == "__main__":
+    main()
