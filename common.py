@@ -814,21 +814,18 @@ def sweep(build, settings: list[dict], digits: Digits, options) -> list[dict]:
     first SWEEP_IMAGES, for each setting and seed. Returns, and writes to
     <stem>_sweep.csv, a row for each: its setting, seed and validation accuracy."""
     part, rows = Split(*(t[:SWEEP_IMAGES] for t in digits.train)), []
-    for setting, seed in itertools.product(settings, options.seeds):
-        row = setting | {"seed": seed}
-        print("sweep:", ", ".join(f"{key} {value}" for key, value in row.items()))
-        model, optimizer = build(options, seed, **setting)
-        history = fit(
-            model,
-            part,
-            digits.val,
-            optimizer,
-            epochs=1,
-            batch_size=options.batch_size,
-            seed=seed,
-            precision=options.precision,
-        )
-        rows.append(row | {"accuracy": history.rows[-1]["val_accuracy"]})
+    how = {"epochs": 1, "batch_size": options.batch_size}
+    how |= {"precision": options.precision}
+    try:
+        for setting, seed in itertools.product(settings, options.seeds):
+            row = setting | {"seed": seed}
+            print("sweep:", ", ".join(f"{key} {value}" for key, value in row.items()))
+            model, optimizer = build(options, seed, **setting)
+            history = fit(model, part, digits.val, optimizer, seed=seed, **how)
+            rows.append(row | {"accuracy": history.rows[-1]["val_accuracy"]})
+    except KeyboardInterrupt:
+        print("interrupted in the sweep; the runs before it are recorded", flush=True)
+        sys.exit(130)
     write_csv(f"{options.stem}_sweep.csv", rows)
     return rows
 

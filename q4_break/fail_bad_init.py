@@ -120,12 +120,6 @@ def main(argv=None):
     )
     digits = common.load_digits(options)
     runs = common.train_all(train, RECIPES, digits, options)
-    settings = [
-        {"constant": CONSTANT, "dropout": dropout, "noise": noise}
-        for dropout in (0.0, 0.5)
-        for noise in NOISES
-    ]
-    rows = common.sweep(build, settings, digits, options)
 
     accuracies = common.test_accuracies(runs)
     one, learns = accuracies["constant, no dropout"], accuracies["constant"]
@@ -135,14 +129,21 @@ def main(argv=None):
     )
     common.plot_curves(common.histories_of(runs), title, digits, options)
     plot_filters(runs, digits, options)
+    common.report(runs, digits, options)
+    print_symmetry(runs, digits, options)
+
+    settings = [
+        {"constant": CONSTANT, "dropout": dropout, "noise": noise}
+        for dropout in (0.0, 0.5)
+        for noise in NOISES
+    ]
+    rows = common.sweep(build, settings, digits, options)
     lines = {
         f"dropout {dropout}": [row for row in rows if row["dropout"] == dropout]
         for dropout in (0.0, 0.5)
     }
     title = "How much noise on the constant lets it learn"
     common.plot_sweep(lines, "noise", "deviation of the noise", title, digits, options)
-    common.report(runs, digits, options)
-    print_symmetry(runs, digits, options)
 
     zero, chance = accuracies["zero"], math.log(10)
     digits_read = {

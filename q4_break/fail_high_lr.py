@@ -158,6 +158,14 @@ def main(argv=None):
     digits = common.load_digits(options)
     traces = {}
     runs = common.train_all(partial(train, traces), RECIPES, digits, options)
+
+    accuracies = common.test_accuracies(runs)
+    stuck, saved = accuracies["Adam 0.1"], accuracies["Adam 0.1, BatchNorm"]
+    title = f"Adam at 0.1 guesses, {max(stuck):.1f} %; BatchNorm saves it, {min(saved):.1f} %"
+    common.plot_curves(common.histories_of(runs), title, digits, options)
+    plot_steps(traces, runs, digits, options)
+    common.report(runs, digits, options, broken=INTENDED)
+
     settings = [
         {"optimizer": optimizer, "batchnorm": batchnorm, "lr": lr}
         for optimizer, batchnorm, rates in SWEEP
@@ -167,15 +175,8 @@ def main(argv=None):
     for row in common.sweep(build, settings, digits, options):
         name = row["optimizer"] + ", BatchNorm" * row["batchnorm"]
         lines.setdefault(name, []).append(row)
-
-    accuracies = common.test_accuracies(runs)
-    stuck, saved = accuracies["Adam 0.1"], accuracies["Adam 0.1, BatchNorm"]
-    title = f"Adam at 0.1 guesses, {max(stuck):.1f} %; BatchNorm saves it, {min(saved):.1f} %"
-    common.plot_curves(common.histories_of(runs), title, digits, options)
-    plot_steps(traces, runs, digits, options)
     title = f"Where training stops working, after {common.SWEEP_IMAGES:,} images"
     common.plot_sweep(lines, "lr", "learning rate", title, digits, options)
-    common.report(runs, digits, options, broken=INTENDED)
 
     dead_after = []
     for seed in options.seeds:

@@ -1,16 +1,14 @@
 """The health checks: each against a hand-made network or history, then all against small trainings that are
 healthy or broken on purpose."""
 
-import argparse
-import json
 import math
 from functools import partial
 
-import common
 import pytest
 import torch
-from conftest import run_script
 from torch import nn
+
+import common
 
 BASELINE = partial(common.baseline_cnn, dropout=0.0)
 
