@@ -165,13 +165,16 @@ def test_first_epoch_names_the_first_epoch_that_reached_the_goal():
     assert common.first_epoch(history, 99.4) == "never"
 
 
-def test_only_trains_one_network_and_names_them_all_if_there_is_no_such_one(
+def test_only_trains_one_network_resumes_it_and_names_all_if_there_is_no_such_one(
     mnist_folder, tmp_path, capsys
 ):
     arguments = f"--data-dir {mnist_folder} --out-dir {tmp_path} --epochs 1".split()
     variant4.main([*arguments, "--only", "squeeze"])
-    found = json.loads((tmp_path / "variant4_under_25k.json").read_text())
-    assert list(found["runs"]) == ["squeeze"]
+    results = (tmp_path / "variant4_under_25k.json").read_text()
+    assert list(json.loads(results)["runs"]) == ["squeeze", "squeeze improved"]
+    (tmp_path / "variant4_under_25k.json").unlink()
+    variant4.main([*arguments, "--only", "squeeze", "--resume"])  # what is finished
+    assert (tmp_path / "variant4_under_25k.json").read_text() == results
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         variant4.main(["--only", "LeNet"])
