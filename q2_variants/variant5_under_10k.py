@@ -40,7 +40,7 @@ RECIPES = {
     "MnistNet_3": {"epochs": 15, "lr": 0.05, "step": 4, "gamma": 0.35},
     "MnistNet_1 improved": {"epochs": 12, "lr": 0.03},
     "MnistNet_2 improved": {"epochs": 20, "lr": 0.15},
-    "MnistNet_3 improved": {"epochs": 25, "lr": 0.15},
+    "MnistNet_3 improved": {"epochs": 20, "lr": 0.15},
 }
 
 
