@@ -33,7 +33,7 @@ RECIPES = {
         "dropout": 0.5,
     },
     "improved recipe": {
-        "epochs": 30,
+        "epochs": 25,
         "batch_size": 128,
         "lr": 2e-2,  # the peak of a one-cycle schedule
         "dropout": 0.0,
