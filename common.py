@@ -1080,6 +1080,27 @@ def plot_confusion(run: Run, digits: Digits, options, what: str = "confusion") -
 def plot_runs(runs: dict[str, list[Run]], title: str, digits: Digits, options) -> None:
     """The curves of all runs, and the confusion matrix of the best of each label."""
     plot_curves(histories_of(runs), title, digits, options)
+    plot_confusions(runs, digits, options)
+
+
+def plot_recipes(runs: dict[str, list[Run]], digits: Digits, options) -> None:
+    """The same, with curves of their own for the labels that end in "improved"."""
+    parts = {"curves": ("Published", {}), "curves_improved": ("Improved", {})}
+    for label, seeds in runs.items():
+        what = "curves_improved" if label.endswith("improved") else "curves"
+        parts[what][1][label] = seeds
+    for what, (recipes, part) in parts.items():
+        means = [
+            f"{label.removesuffix(' improved')} {statistics.fmean(values):.2f} %"
+            for label, values in test_accuracies(part).items()
+        ]
+        title = f"{recipes} recipes, mean test accuracy: {', '.join(means)}"
+        plot_curves(histories_of(part), title, digits, options, what)
+    plot_confusions(runs, digits, options)
+
+
+def plot_confusions(runs: dict[str, list[Run]], digits: Digits, options) -> None:
+    """The confusion matrix of the best run of each label."""
     for label, seeds in runs.items():
         what = "confusion" if len(runs) == 1 else f"confusion_{slug(label)}"
         plot_confusion(best_run(seeds), digits, options, what)

@@ -126,7 +126,7 @@ def plot_augmentation(digits, options):
             TURN_AND_MOVE(originals, generator) for _ in range(3)
         ],
     }
-    figure = Figure(figsize=(9, 7.5), layout="constrained")
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
     heights = [len(images) for images in rows.values()]
     panels = figure.subplots(len(rows), height_ratios=heights)
     for axes, (how, images) in zip(panels, rows.items(), strict=True):
@@ -144,14 +144,10 @@ def main(argv=None):
         common.print_layers(NETWORKS[name]())
     plot_augmentation(digits, options)
 
-    chosen = *options.networks, *(f"{name} improved" for name in options.networks)
-    runs = common.train_all(train, chosen, digits, options)
+    improved = [f"{name} improved" for name in options.networks]
+    runs = common.train_all(train, [*options.networks, *improved], digits, options)
 
-    title = ", ".join(
-        f"{label} {common.describe([run.scores for run in seeds])}"
-        for label, seeds in runs.items()
-    )
-    common.plot_runs(runs, title, digits, options)
+    common.plot_recipes(runs, digits, options)
     common.report(runs, digits, options)
 
 
