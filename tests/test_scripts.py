@@ -125,7 +125,7 @@ def test_a_fresh_run_forgets_older_checkpoints(finished, mnist_folder, tmp_path)
     for path in finished[0].glob("*.pt"):
         shutil.copy(path, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "train_all", lambda *_: sys.exit("enough"))
+        patch.setattr(q1_baseline, "train", lambda *_: sys.exit("enough"))
         with pytest.raises(SystemExit, match="enough"):
             q1_baseline.main(
                 f"--data-dir {mnist_folder} --out-dir {tmp_path} --seeds 2".split()
