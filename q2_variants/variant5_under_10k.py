@@ -162,20 +162,21 @@ def plot_sizes(runs, digits, options):
         axes.errorbar(size, mean, std, capsize=4, **look)
         texts = [("improved recipe" if i else "published recipe", mean, look["color"])]
         if not i:
-            axes.plot(size, PUBLISHED[name], marker="_", markersize=40, color="0.3")
+            axes.plot(size, PUBLISHED[name], marker="_", markersize=30, color="0.3")
             texts += [("published", PUBLISHED[name], "0.3")]
             place = {"xycoords": axes.get_xaxis_transform(), "ha": "center"}
             axes.annotate(name, (size, 0.02), **place)
         if name == next(iter(runs)):  # one network's labels serve all
             for text, y, color in texts:
                 place = {"textcoords": "offset points", "va": "center", "color": color}
-                axes.annotate(text, (size, y), (14, 0), **place)
+                axes.annotate(text, (size, y), (20, 0), **place)
     axes.margins(x=0.3, y=0.2)
-    axes.set(xlabel="parameters", ylabel="test accuracy (%)")
+    axes.set(xlabel="parameters", ylabel="test accuracy (%), mean and deviation")
     axes.spines[["top", "right"]].set_visible(False)
-    title = (
-        "Fewer than 10,000 parameters: test accuracy, mean and deviation of the seeds"
-    )
+    accuracies = common.test_accuracies(runs)
+    best = max(runs, key=lambda label: sum(accuracies[label]))
+    reads = common.describe([run.scores for run in runs[best]])
+    title = f"With fewer than 10,000 parameters {best} reads {reads}"
     common.save_figure(figure, "sizes", title, digits, options)
 
 
