@@ -867,7 +867,7 @@ def check_health(model: nn.Module, history: History, train: Split) -> list[str]:
     """The names of the `ALARMS` that a training which just ended sets off.
 
     The loss alone names no cause: ln 10 = 2.30, the loss of guessing, is where healthy
-    networks begin and where dead, symmetric and exploded ones end.
+    networks begin and where dead and symmetric ones end.
     """
     if history.diverged:
         return ["diverged"]
@@ -880,10 +880,11 @@ def check_health(model: nn.Module, history: History, train: Split) -> list[str]:
     rise = (means - means.cummin(0).values).max().item()
     last = rows[-1]
     gap = last["train_accuracy"] - last["val_accuracy"]
-    alarms = {  # beside each: the farthest a healthy run went, and broken ones
+    # Beside each: the farthest that trial runs on MNIST went, healthy ones and broken.
+    alarms = {
         "not learning": last["train_accuracy"] < 2 * guessing,  # 8 times; 1.1 times
         "oscillating": rise > 0.5,  # 0.01; 2.1
-        "exploding gradients": not max(gradients) < 1,  # 0.05; over 10
+        "exploding gradients": not max(gradients) < 1,  # 0.05; 1e5
         "vanishing gradients": min(gradients) <= 1e-4 * max(gradients),  # 0.01; 0
         "dead ReLUs": max(dead_relus(model, probe.images), default=0) > 0.9,  # 0.64; 1
         "symmetric units": fewest < 0.5,  # 1; 0.03
@@ -1271,7 +1272,8 @@ def parse_options(script, doc, argv=None, *, recipe=None, networks=(), resumable
 
     Returns a namespace: epochs, batch_size, lr, seeds (a list), device (torch.device),
     precision ("fp32" or "bf16"), data, data_dir, limit, resume, networks (a list),
-    script (its path in the project) and stem (what its outputs begin with). A bad value
+    script (its path in the project), stem (what its outputs begin with), resumable, and
+    recipe_changed: whether epochs, batch_size or lr are not the recipe's. A bad value
     is one line, exit code 2.
     """
     script = Path(script).resolve()

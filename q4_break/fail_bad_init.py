@@ -9,7 +9,7 @@ Why     Units that begin alike receive like gradients and stay alike: the networ
         multiplied with a zero on its way. Dropout's masks differ from hidden unit to
         hidden unit and so set these apart, but all channels of a convolution feed the
         same hidden units with the same weights: nothing ever tells them apart.
-Run     python q4_break/fail_bad_init.py     about three minutes on two CPU cores
+Run     python q4_break/fail_bad_init.py     a few minutes on two CPU cores
 """
 
 import math
@@ -28,7 +28,7 @@ import common
 
 RECIPE = {"epochs": 2, "batch_size": 64, "lr": 1e-3}  # the baseline's, but for epochs
 CONSTANT = 0.01  # about the deviation of PyTorch's own first weights of the large layer
-RECIPES = {
+RUNS = {
     "control": {},  # PyTorch's own initialisation
     "He": {"he": True},
     "zero": {"constant": 0.0},
@@ -62,7 +62,7 @@ def build(options, seed, he=False, constant=None, dropout=0.5, noise=0.0):
 
 
 def train(digits, options, label, seed):
-    model, optimizer = build(options, seed, **RECIPES[label])
+    model, optimizer = build(options, seed, **RUNS[label])
     history = common.fit(
         model,
         digits.train,
@@ -80,7 +80,7 @@ def print_symmetry(runs, digits, options):
     first gradient of the first layer, for the first seed."""
     images, labels = (tensor[: options.batch_size] for tensor in digits.train)
     for label, seeds in runs.items():
-        model, _ = build(options, options.seeds[0], **RECIPES[label])
+        model, _ = build(options, options.seeds[0], **RUNS[label])
         loss = F.cross_entropy(model(common.normalize(images)), labels)
         gradient = torch.autograd.grad(loss, common.weights_of(model)[0])[0]
         before, after = (
@@ -88,7 +88,7 @@ def print_symmetry(runs, digits, options):
             for network in (model, seeds[0].model)
         )
         rows = common.distinct_units(gradient)
-        print(f"{label}: distinct units by layer {before}, after training {after}; ")
+        print(f"{label}: distinct units by layer {before}, after training {after}")
         print(f"  distinct rows in the first layer's first gradient: {rows} of 32")
 
 
@@ -98,7 +98,7 @@ def plot_filters(runs, digits, options):
     shown = "He", "constant", "constant, no dropout"
     panels = figure.subplots(len(shown), 2, squeeze=False)
     for row, label in zip(panels, shown, strict=True):
-        first, _ = build(options, options.seeds[0], **RECIPES[label])
+        first, _ = build(options, options.seeds[0], **RUNS[label])
         for axes, model, when in zip(
             row, (first, runs[label][0].model), ("before", "after"), strict=True
         ):
@@ -119,7 +119,7 @@ def main(argv=None):
         __file__, __doc__, argv, recipe=RECIPE, resumable=False
     )
     digits = common.load_digits(options)
-    runs = common.train_all(train, RECIPES, digits, options)
+    runs = common.train_all(train, RUNS, digits, options)
 
     accuracies = common.test_accuracies(runs)
     one, learns = accuracies["constant, no dropout"], accuracies["constant"]
