@@ -1,9 +1,9 @@
 """Q4, no dropout: the baseline learns its training images by heart.
 
 Expect  on 5,000 training images the network without dropout comes to read them all, with
-        a validation loss of more than ten times its training loss; with augmentation
-        it reads more test images. On all images training
-        accuracy passes 99.4 % without dropout and stays below that with it.
+        a validation loss of more than ten times its training loss; augmentation reads
+        more test images. On all images training accuracy passes 99.4 % without dropout
+        and stays below that with it.
 Why     The fully connected layer has 400,000 weights, 80 for each image: enough to
         recognise every image by its accidents. Dropout takes a random half of the
         hidden units away, so that no few of them can agree on an image; augmentation
