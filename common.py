@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -97,6 +98,11 @@ class Split(NamedTuple):
 
     images: Tensor
     labels: Tensor
+
+
+def first(split: Split, count: int) -> Split:
+    """The first `count` images with their labels."""
+    return Split(*(tensor[:count] for tensor in split))
 
 
 class Digits(NamedTuple):
@@ -534,6 +540,7 @@ class History:
     and what `check_health` found wrong with it."""
 
     config: dict
+    seed: int = 0
     rows: list[dict] = field(default_factory=list)
     step_losses: list[float] = field(default_factory=list)
     best_epoch: int = 0
@@ -598,7 +605,7 @@ def fit(
     if scheduler:
         public = {k: v for k, v in scheduler.state_dict().items() if v and k[0] != "_"}
         config["scheduler"] = {"name": type(scheduler).__name__} | public
-    history, best = History(config), copy.deepcopy(model.state_dict())
+    history, best = History(config, seed), copy.deepcopy(model.state_dict())
     identity = config | {"seed": seed, "network": repr(model)}
     identity |= {"data": zlib.crc32(train.images.cpu().contiguous().numpy())}
 
@@ -618,7 +625,8 @@ def fit(
         order.set_state(state["order"])
         noise.set_state(state["noise"])
         rng.set_rng_state(state["rng"])
-        best, history = state["best"], History(**state["history"] | {"config": config})
+        best = state["best"]
+        history = History(**state["history"] | {"config": config, "seed": seed})
     else:
         save()
 
@@ -806,14 +814,14 @@ def test_accuracies(runs: dict[str, list[Run]]) -> dict[str, list[float]]:
     }
 
 
-SWEEP_IMAGES = 10_000  # an epoch over these tells what trains from what does not
+SWEEP_IMAGES = 5_000  # an epoch over these tells what trains from what does not
 
 
 def sweep(build, settings: list[dict], digits: Digits, options) -> list[dict]:
     """Train `build(options, seed, **setting) -> (model, optimizer)` for an epoch on the
     first SWEEP_IMAGES, for each setting and seed. Returns, and writes to
     <stem>_sweep.csv, a row for each: its setting, seed and validation accuracy."""
-    part, rows = Split(*(t[:SWEEP_IMAGES] for t in digits.train)), []
+    part, rows = first(digits.train, SWEEP_IMAGES), []
     how = {"epochs": 1, "batch_size": options.batch_size}
     how |= {"precision": options.precision}
     try:
@@ -828,6 +836,12 @@ def sweep(build, settings: list[dict], digits: Digits, options) -> list[dict]:
         sys.exit(130)
     write_csv(f"{options.stem}_sweep.csv", rows)
     return rows
+
+
+def values_that_learn(rows: list[dict], knob: str) -> list:
+    """The values of `knob` with which all seeds of a sweep read more than 50 %."""
+    bad = {row[knob] for row in rows if row["accuracy"] <= 50}
+    return [row[knob] for row in rows if row[knob] not in bad]
 
 
 def first_epoch(history: History, goal: float) -> str:
@@ -871,7 +885,7 @@ def check_health(model: nn.Module, history: History, train: Split) -> list[str]:
     """
     if history.diverged:
         return ["diverged"]
-    probe, rows = Split(train.images[:PROBE], train.labels[:PROBE]), history.rows
+    probe, rows = first(train, PROBE), history.rows
     guessing = 100 * train.labels.bincount().max().item() / len(train.labels)
     gradients = gradient_sizes(model, probe)
     fewest = min(distinct_units(w) / len(w) for w in weights_of(model))
@@ -958,14 +972,31 @@ def save_figure(figure: Figure, what: str, title: str, digits: Digits, options) 
 TICKS = [m * 10**e for e in range(-5, 4) for m in (1, 2, 5)]
 
 
+def error_of(accuracy: float) -> float:
+    """What stands for an accuracy on an `accuracy_axis`."""
+    return max(100 - accuracy, 0.01)
+
+
+def logarithmic_axis(axes, written) -> None:
+    """A logarithmic y-axis with few ticks, the text of each by `written(value)`."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{written(y):g}"))
+    axes.yaxis.set_major_locator(FixedLocator(TICKS))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def accuracy_axis(axes) -> None:
+    """Space accuracies by the logarithm of the error: 10 % and 99.5 % both can be read."""
+    logarithmic_axis(axes, lambda error: 100 - error)
+    axes.invert_yaxis()
+
+
 def plot_curves(
     histories: dict, title: str, digits: Digits, options, what: str = "curves"
 ) -> None:
     """Loss and accuracy by epoch, as the mean over the seeds that still train and the
     band from the least to the greatest. A single label has a colour each for training
     and validation; several have one each, with training dashed.
-
-    Accuracy is spaced by the logarithm of the error: 10 % and 99.5 % both can be read.
     """
     single = len(histories) == 1
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -977,7 +1008,7 @@ def plot_curves(
                 style = "--" if part == "train" and not single else "-"
                 lines = [[row[f"{part}_{quantity}"] for row in h.rows] for h in seeds]
                 if quantity == "accuracy":
-                    lines = [[max(100 - y, 0.01) for y in line] for line in lines]
+                    lines = [[error_of(y) for y in line] for line in lines]
                 columns = [  # of the seeds that still train in an epoch
                     [y for y in column if y is not None]
                     for column in itertools.zip_longest(*lines)
@@ -996,17 +1027,15 @@ def plot_curves(
                         axes.plot(best, line[best - 1], **look)
                 if single or part == "val":
                     ends.append((len(mean), mean[-1], name if single else label, color))
-        axes.set(xlabel="epoch", yscale="log", ylabel="loss (cross-entropy, nats)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
-        axes.yaxis.set_major_locator(FixedLocator(TICKS))
-        axes.yaxis.set_minor_locator(NullLocator())
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
         if quantity == "accuracy":
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 - y:g}"))
-            axes.set_ylabel("accuracy (%)")
-            axes.invert_yaxis()
+            accuracy_axis(axes)
+            axes.set(xlabel="epoch", ylabel="accuracy (%)")
+        else:
+            logarithmic_axis(axes, lambda loss: loss)
+            axes.set(xlabel="epoch", ylabel="loss (cross-entropy, nats)")
         label_ends(axes, ends)
     note = "open markers: the epoch whose weights were kept"
     figure.supxlabel(note + "; dashed: training" * (not single), fontsize=9)
@@ -1021,15 +1050,17 @@ def plot_sweep(lines: dict, knob: str, name: str, title, digits, options) -> Non
     for i, (label, rows) in enumerate(lines.items()):
         color, points = COLORS[i], {}
         for row in rows:
-            points.setdefault(row[knob], []).append(row["accuracy"])
+            points.setdefault(row[knob], []).append(error_of(row["accuracy"]))
         means = [statistics.fmean(values) for values in points.values()]
         axes.plot(list(points), means, color=color)
-        places = [row[knob] for row in rows], [row["accuracy"] for row in rows]
-        axes.plot(*places, MARKERS[i], color=color, fillstyle="none")
+        for value, errors in points.items():
+            look = {"color": color, "marker": MARKERS[i], "fillstyle": "none"}
+            axes.plot([value] * len(errors), errors, ls="", **look)
         ends.append((list(points)[-1], means[-1], label, color))
-    axes.set(xscale="log", xlabel=name, ylim=(0, 100))
-    axes.set_ylabel("validation accuracy after one epoch (%)")
+    accuracy_axis(axes)
+    axes.set(xscale="log", xlabel=name, ylabel="validation accuracy (%)")
     axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
     label_ends(axes, ends)
     save_figure(figure, "sweep", title, digits, options)
 
@@ -1041,6 +1072,7 @@ def label_ends(axes, ends: list[tuple]) -> None:
     for height, (x, y, text, color) in sorted(zip(heights, ends, strict=True)):
         free = max(height, free + 18)  # a line of text above the one below
         place = {"textcoords": "offset pixels", "va": "center", "color": color}
+        place |= {"path_effects": [withStroke(linewidth=3, foreground="white")]}
         axes.annotate(text, (x, y), (10, free - height), **place)
 
 
@@ -1145,9 +1177,9 @@ def slug(label: str) -> str:
 def write_log(histories: dict[str, list[History]], options) -> None:
     """<stem>.csv: a row for each run and epoch."""
     rows = [
-        {"run": label, "seed": seed} | row
+        {"run": label, "seed": history.seed} | row
         for label, seeds in histories.items()
-        for seed, history in zip(options.seeds, seeds, strict=False)
+        for history in seeds
         for row in history.rows
     ]
     write_csv(f"{options.stem}.csv", rows)
@@ -1203,11 +1235,14 @@ def report(runs: dict[str, list[Run]], digits: Digits, options, broken=()) -> No
         baseline = json.loads(recorded.read_text())
         if baseline["data"] == results["data"]:
             shown = {"(Q1 baseline)": baseline["runs"]["baseline"]} | shown
+    width = max(map(len, shown))
     print(
-        f"{digits.source}\n{'run':<24}{'parameters':>12}   {'test accuracy':<27}health"
+        f"{digits.source}\n{'run':<{width}}  parameters   {'test accuracy':<27}health"
     )
     for label, run in shown.items():
-        line = f"{label:<24}{run['parameters']:>12,}   {describe(run['seeds']):<27}"
+        line = (
+            f"{label:<{width}}{run['parameters']:>12,}   {describe(run['seeds']):<27}"
+        )
         alarms = Counter(name for seed in run["seeds"] for name in seed["health"])
         alarms = [f"{name} ({count}x)" for name, count in alarms.items()]
         print(line + (", ".join(alarms) or "no alarm"))
@@ -1266,9 +1301,12 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
 
 
-def parse_options(script, doc, argv=None, *, recipe=None, networks=(), resumable=True):
+def parse_options(
+    script, doc, argv=None, *, recipe=None, networks=(), resumable=True, more=None
+):
     """The command line of the script in the file `script`. The defaults are those of
-    its `recipe` (epochs, batch_size, lr), or None for what each of its runs has its own.
+    its `recipe` (epochs, batch_size, lr, seeds), or None for what each of its runs has
+    its own. `more` adds to the parser what only this script has.
 
     Returns a namespace: epochs, batch_size, lr, seeds (a list), device (torch.device),
     precision ("fp32" or "bf16"), data, data_dir, limit, resume, networks (a list),
@@ -1287,8 +1325,11 @@ def parse_options(script, doc, argv=None, *, recipe=None, networks=(), resumable
     add("--lr", type=positive, help="learning rate ({lr})".format(**shown))
     parser.set_defaults(**recipe)
     seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=whole(0), default=0, help="(%(default)s)")
-    seeds.add_argument("--seeds", type=whole(1), metavar="N", help="run 0, 1, .. N-1")
+    seeds.add_argument("--seed", type=whole(0), metavar="K", help="run K only")
+    count = recipe.get("seeds", 1)
+    seeds.add_argument(
+        "--seeds", type=whole(1), metavar="N", help=f"run 0, 1, .. N-1 ({count})"
+    )
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     add("--data", choices=["auto", "mnist", "synthetic"], default="auto")
@@ -1298,6 +1339,8 @@ def parse_options(script, doc, argv=None, *, recipe=None, networks=(), resumable
     add("--limit", type=whole(1), metavar="N", help="train on the first N images")
     if networks:
         add("--only", choices=networks, help="train one network")
+    if more:
+        more(parser)
     if resumable:
         add("--resume", action="store_true", help="continue where a stopped run was")
     else:
@@ -1316,7 +1359,8 @@ def parse_options(script, doc, argv=None, *, recipe=None, networks=(), resumable
     options.device = torch.device(options.device)
     if options.precision == "auto":
         options.precision = "bf16" if has_native_bf16(options.device) else "fp32"
-    options.seeds = list(range(options.seeds)) if options.seeds else [options.seed]
+    every = range(options.seeds or count)
+    options.seeds = list(every) if options.seed is None else [options.seed]
     options.networks = [options.only] if networks and options.only else list(networks)
     options.script = script.relative_to(ROOT).as_posix()
     options.stem = options.out_dir.resolve() / script.stem

@@ -161,7 +161,11 @@ def main(argv=None):
 
     accuracies = common.test_accuracies(runs)
     stuck, saved = accuracies["Adam 0.1"], accuracies["Adam 0.1, BatchNorm"]
-    title = f"Adam at 0.1 guesses, {max(stuck):.1f} %; BatchNorm saves it, {min(saved):.1f} %"
+    control, clipped = accuracies["control"], accuracies["SGD 1000, clipped"]
+    title = (
+        f"Adam at 0.1 guesses, {max(stuck):.1f} %, and SGD at 1000 diverges; BatchNorm "
+        f"saves the one, {min(saved):.1f} %, clipping the other, {min(clipped):.1f} %"
+    )
     common.plot_curves(common.histories_of(runs), title, digits, options)
     plot_steps(traces, runs, digits, options)
     common.report(runs, digits, options, broken=INTENDED)
@@ -175,7 +179,14 @@ def main(argv=None):
     for row in common.sweep(build, settings, digits, options):
         name = row["optimizer"] + ", BatchNorm" * row["batchnorm"]
         lines.setdefault(name, []).append(row)
-    title = f"Where training stops working, after {common.SWEEP_IMAGES:,} images"
+    highest = {
+        name: max(common.values_that_learn(rows, "lr"), default="none")
+        for name, rows in lines.items()
+    }
+    highest = ", ".join(f"{name} {rate}" for name, rate in highest.items())
+    title = (
+        f"The highest rate that learns from {common.SWEEP_IMAGES:,} images: {highest}"
+    )
     common.plot_sweep(lines, "lr", "learning rate", title, digits, options)
 
     dead_after = []
@@ -184,7 +195,6 @@ def main(argv=None):
         pairs = zip(trace["step"], trace["dead ReLUs (%)"], strict=True)
         dead_after.append(next((step for step, dead in pairs if dead > 90), math.inf))
     loss = max(run.history.rows[-1]["train_loss"] for run in runs["Adam 0.1"])
-    control, clipped = accuracies["control"], accuracies["SGD 1000, clipped"]
     claims = [
         (f"the control reads {min(control):.2f} %, over 97", min(control) > 97),
         (f"Adam at 0.1 reads {max(stuck):.2f} %, below 12", max(stuck) < 12),

@@ -50,7 +50,7 @@ def history(steps=None, **last):
     row = {"train_loss": 0.02, "val_loss": 0.03}
     row |= {"train_accuracy": 99.4, "val_accuracy": 99.1}
     rows = [{"epoch": i} | row for i in (1, 2)] + [{"epoch": 3} | row | last]
-    return common.History({}, rows, steps or [2.3 / (i + 1) for i in range(100)])
+    return common.History({}, 0, rows, steps or [2.3 / (i + 1) for i in range(100)])
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_first_epoch_names_the_first_epoch_that_reached_the_goal():
     rows = [
         {"epoch": e, "val_accuracy": a} for e, a in ((1, 98.0), (2, 99.0), (3, 98.5))
     ]
-    history = common.History({}, rows)
+    history = common.History({}, 0, rows)
     assert common.first_epoch(history, 99) == "first in epoch 2"
     assert common.first_epoch(history, 99.4) == "never"
 
