@@ -894,16 +894,15 @@ def check_health(model: nn.Module, history: History, train: Split) -> list[str]:
     rise = (means - means.cummin(0).values).max().item()
     last = rows[-1]
     gap = last["train_accuracy"] - last["val_accuracy"]
-    # Beside each: the farthest that trial runs on MNIST went, healthy ones and broken.
+    # Beside each: the farthest that the recorded runs went, healthy ones and broken.
     alarms = {
-        "not learning": last["train_accuracy"] < 2 * guessing,  # 8 times; 1.1 times
-        "oscillating": rise > 0.5,  # 0.01; 2.1
-        "exploding gradients": not max(gradients) < 1,  # 0.05; 1e5
-        "vanishing gradients": min(gradients) <= 1e-4 * max(gradients),  # 0.01; 0
-        "dead ReLUs": max(dead_relus(model, probe.images), default=0) > 0.9,  # 0.64; 1
-        "symmetric units": fewest < 0.5,  # 1; 0.03
-        # 25 times the loss with a gap of 0.7 points; 200 times with 2 points
-        "overfitting": last["val_loss"] > 10 * last["train_loss"] and gap > 1,
+        "not learning": last["train_accuracy"] < 2 * guessing,  # 8 times; 1 time
+        "oscillating": rise > 0.5,  # 0.01; 2.1, of a trial
+        "exploding gradients": not max(gradients) < 1,  # 0.03; 1e5, of a trial
+        "vanishing gradients": min(gradients) <= 1e-4 * max(gradients),  # 0.02; 0
+        "dead ReLUs": max(dead_relus(model, probe.images), default=0) > 0.9,  # 0.66; 1
+        "symmetric units": fewest < 0.5,  # 1; 0.01
+        "overfitting": last["val_loss"] > 10 * last["train_loss"] and gap > 1,  # 3; 36
     }
     return [name for name, alarm in alarms.items() if alarm]
 
@@ -969,19 +968,20 @@ def save_figure(figure: Figure, what: str, title: str, digits: Digits, options) 
     write_file(f"{options.stem}_{what}.png", buffer.getvalue())
 
 
-TICKS = [m * 10**e for e in range(-5, 4) for m in (1, 2, 5)]
-
-
 def error_of(accuracy: float) -> float:
     """What stands for an accuracy on an `accuracy_axis`."""
     return max(100 - accuracy, 0.01)
 
 
 def logarithmic_axis(axes, written) -> None:
-    """A logarithmic y-axis with few ticks, the text of each by `written(value)`."""
+    """A logarithmic y-axis with few ticks, the text of each by `written(value)`, for
+    what is already drawn."""
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    digits = range(1, 10) if high < 8 * low else (1, 2, 5)
+    ticks = [digit * 10**power for power in range(-5, 4) for digit in digits]
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{written(y):g}"))
-    axes.yaxis.set_major_locator(FixedLocator(TICKS))
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
 
 
@@ -1042,7 +1042,9 @@ def plot_curves(
     save_figure(figure, what, title, digits, options)
 
 
-def plot_sweep(lines: dict, knob: str, name: str, title, digits, options) -> None:
+def plot_sweep(
+    lines: dict, knob: str, name: str, title, digits, options, what: str = "sweep"
+) -> None:
     """Validation accuracy against the `knob` of a sweep, on a logarithmic axis: for each
     label rows with the knob, seed and "accuracy"; a line of means, points for seeds."""
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -1062,7 +1064,7 @@ def plot_sweep(lines: dict, knob: str, name: str, title, digits, options) -> Non
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     label_ends(axes, ends)
-    save_figure(figure, "sweep", title, digits, options)
+    save_figure(figure, what, title, digits, options)
 
 
 def label_ends(axes, ends: list[tuple]) -> None:

@@ -183,11 +183,10 @@ def main(argv=None):
         name: max(common.values_that_learn(rows, "lr"), default="none")
         for name, rows in lines.items()
     }
-    highest = ", ".join(f"{name} {rate}" for name, rate in highest.items())
-    title = (
-        f"The highest rate that learns from {common.SWEEP_IMAGES:,} images: {highest}"
-    )
-    common.plot_sweep(lines, "lr", "learning rate", title, digits, options)
+    highest = "; ".join(f"{name} {rate}" for name, rate in highest.items())
+    title = f"Highest rate that learns: {highest}"
+    name = f"learning rate (one epoch on {common.SWEEP_IMAGES:,} images)"
+    common.plot_sweep(lines, "lr", name, title, digits, options)
 
     dead_after = []
     for seed in options.seeds:

@@ -1,13 +1,14 @@
 """What the project claims about speed, memory and the stand-in, measured. By hand, on
 an otherwise idle machine:
 
-    python tests/benchmark.py                    all parts; half an hour on two CPU cores
+    python tests/benchmark.py                    all parts; 50 minutes on two CPU cores
     python tests/benchmark.py --only training    one of training, augmentation, startup,
-                                                 drawing, transfer
+                                                 drawing, transfer, sweep
 
 The ways to train take turns, and the medians of their ratios are what counts: machines
 differ and are noisy. `transfer` trains the baseline on the synthetic stand-in alone and
-reads it on the real MNIST test images, which must be in --data-dir, MNIST_DIR or data/.
+reads it on the real MNIST test images; `sweep` runs Q3 as a user does. Both need MNIST
+in --data-dir, MNIST_DIR or data/.
 Writes benchmark.json and benchmark_standin.png beside itself.
 """
 
@@ -29,6 +30,7 @@ from conftest import ROOT, load, write_mnist
 
 import common
 import q1_baseline
+import q3_tuning
 from q2_variants import variant4_under_25k
 
 HERE = Path(__file__).resolve().parent
@@ -190,6 +192,34 @@ def measure_transfer(data_dir):
     return {"test_accuracy_on_mnist": accuracies, "mean": mean, "std": std}
 
 
+def measure_sweep(data_dir):
+    """Trials of Q3's study by one worker for each core, over trials one after the other
+    with all threads; and a whole sweep with its defaults."""
+    digits, threads, ratios = load(data_dir, "mnist"), torch.get_num_threads(), []
+    config = q3_tuning.PUBLISHED | q3_tuning.STUDY | {"improved": False, "test": False}
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["--device", "cpu", "--out-dir", folder, "--data-dir", data_dir]
+        options = common.parse_options(q3_tuning.__file__, "", map(str, arguments))
+        for _ in range(2):
+            rates = []
+            for options.workers in (0, threads):
+                torch.set_num_threads(1 if options.workers else threads)
+                sweep = q3_tuning.Sweep(digits, options)
+                sweep.run({"the workers start": config}, range(threads))
+                started = time.perf_counter()
+                sweep.run({"timed": config}, range(10, 18))
+                rates.append(8 / (time.perf_counter() - started))
+                sweep.stop()
+            ratios.append(rates[1] / rates[0])
+        torch.set_num_threads(threads)
+        started = time.perf_counter()
+        said = run(q3_tuning.__file__, "--out-dir", folder, "--data-dir", data_dir)
+        minutes = (time.perf_counter() - started) / 60
+    found = {"workers over one process": round(statistics.median(ratios), 2)}
+    found |= {"minutes": round(minutes, 1), "said": said.splitlines()[-1]}
+    return found
+
+
 def main():
     parts = {
         "training": measure_training,
@@ -197,6 +227,7 @@ def main():
         "startup": measure_startup,
         "drawing": measure_drawing,
         "transfer": measure_transfer,
+        "sweep": measure_sweep,
     }
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
