@@ -7,7 +7,8 @@ Why     Short trainings try one factor at a time around the published configurat
         scientific one. For optimizer and batch size the learning rate is a nuisance
         factor, tuned for each value: at one common rate the comparison would say more
         of the rate than of them. All else is fixed. The few best are trained again,
-        longer and with several seeds; validation alone chooses.
+        longer, with several seeds, and as the choice will be: with augmentation and a
+        rate that rises and falls (one-cycle). Validation alone chooses.
 Run     python q3_tuning.py              about a quarter of an hour on two CPU cores
         python q3_tuning.py --resume     goes on where a stopped sweep was
         torchrun --nnodes=2 --nproc-per-node=8 ... q3_tuning.py     see README
@@ -23,6 +24,7 @@ import os
 import signal
 import statistics
 import sys
+import threading
 import time
 import zlib
 from collections import Counter, deque
@@ -77,9 +79,9 @@ INITS = {  # of the convolutions
 }
 STUDY = {"images": 6_000, "epochs": 3}  # 33 configurations, with the first two seeds
 FINALISTS = {"images": 12_000, "epochs": 4}  # with all seeds
-BEST = 3  # configurations of the study that become finalists
+BEST = 2  # configurations of the study that become finalists
 SGD = {"optimizer": "SGD", "lr": 0.01}  # "reaches about 99 %, but needs more epochs"
-LONGEST = 8  # epochs of the comparison of that with Adam
+LONGEST = 6  # epochs of the comparison of that with Adam
 GOALS = 98, 98.5, 99  # validation accuracies whose first epoch is compared
 RECIPE = {"epochs": 3, "batch_size": 64, "lr": 1e-3, "seeds": 5}
 AUGMENT = partial(common.random_affine, degrees=(10,), shift=2, scale=0.1)
@@ -153,19 +155,24 @@ def work(address, name, options):
     digits, store = common.load_digits(options), join(address)
     if json.loads(store.get("setting")) != setting_of(digits, options):
         sys.exit(f"{name} has other data, another device or precision than the first")
-    parent = multiprocessing.parent_process()  # None for a rank
+    if parent := multiprocessing.parent_process():  # a rank has none
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     with open(os.devnull, "w") as nowhere:  # for bars and logs of the trainings
         sys.stdout = sys.stderr = nowhere
         for number in itertools.count():
             key = f"{name}, task {number}"
             while not store.check([key]):
-                if parent and not parent.is_alive():
-                    return
                 time.sleep(0.02)
             if (config := json.loads(store.get(key))) is None:
                 return
             result = json.dumps(run_trial(config, digits, options))
             store.set(f"{name}, result {number}", result)
+
+
+def end_with(parent):
+    """End this process when its parent does, even if that was killed."""
+    parent.join()
+    os._exit(1)
 
 
 def join(address):
@@ -422,17 +429,18 @@ def best_arms(base, found):
     }
 
 
-def combine(base, found):
-    """The best value of each factor, each found with all others as in `base`."""
-    best = {
-        factor: best_of(best.values(), found)
-        for factor, best in best_arms(base, found).items()
-    }
-    combined = {factor: config[factor] for factor, config in best.items()}
-    rates_from = "optimizer"
-    if combined["optimizer"] == base["optimizer"]:
-        rates_from = "batch_size"  # which was tried with this optimizer's rates
-    return combined | {"lr": best[rates_from]["lr"]}
+def combinations(base, found):
+    """For each optimizer, at its best learning rate, the best values of all other
+    factors, which were each found with all else as in `base`."""
+    arms = best_arms(base, found)
+    best = {factor: best_of(arms[factor].values(), found)[factor] for factor in FACTORS}
+    found_for = arms["optimizer"]
+    if base["optimizer"] in found_for:  # whose rates were tried with each batch size
+        found_for[base["optimizer"]] = arms["batch_size"][best["batch_size"]]
+    return [
+        best | {"optimizer": name, "lr": config["lr"]}
+        for name, config in found_for.items()
+    ]
 
 
 def noise(first, second):
@@ -599,13 +607,13 @@ def study(sweep, digits, options):
         for configs in arms(factor, base).values()
         for config in configs
     )
-    seeds, read = options.seeds, {"improved": False, "test": True}
-    short, longer = STUDY | {"improved": False, "test": False}, FINALISTS | read
-    final = {"images": len(digits.train.labels), "epochs": options.epochs}
-    final |= {"improved": True, "test": True}
-    compared = final | read | {"epochs": min(options.epochs, LONGEST)}
+    seeds, short = options.seeds, STUDY | {"improved": False, "test": False}
+    longer = FINALISTS | {"improved": True, "test": True}  # as the choice will be
+    final = longer | {"images": len(digits.train.labels), "epochs": options.epochs}
+    compared = final | {"improved": False, "epochs": min(options.epochs, LONGEST)}
     sweep.expect(len(tried) * len(seeds[:2]), short)
-    sweep.expect((3 + BEST) * len(seeds), longer)
+    most = 2 + len(RATES) + BEST  # finalists
+    sweep.expect(most * len(seeds), longer)
     sweep.expect(len(seeds), final)
     sweep.expect(2 * len(seeds), compared)
 
@@ -625,8 +633,8 @@ def study(sweep, digits, options):
     plot_rates(base, found, digits, options)
 
     best = [tried[name] for name in ranked(found)][:BEST]
-    finalists = by_name([base, base | SGD, combine(base, found), *best])
-    sweep.expect((len(finalists) - 3 - BEST) * len(seeds), longer)
+    finalists = by_name([base, base | SGD, *combinations(base, found), *best])
+    sweep.expect((len(finalists) - most) * len(seeds), longer)
     again = sweep.run({name: c | longer for name, c in finalists.items()}, seeds)
     if not again:
         sys.exit("all finalists failed: see above")
@@ -641,9 +649,9 @@ def study(sweep, digits, options):
     answer = verdict(again, base)
     plot_finalists(again, answer, digits, options)
 
-    last = {f"{chosen}, improved": finalists[chosen] | final}
+    last = {f"{chosen}, final": finalists[chosen] | final}
     for config in (base, base | SGD):
-        last[f"{name_of(config)}, all images"] = config | compared
+        last[f"{name_of(config)}, constant rate"] = config | compared
     last = sweep.run(last, seeds)
     runs = {name: runs_of(results) for name, results in (again | last).items()}
     curves = common.histories_of({name: runs[name] for name in again})

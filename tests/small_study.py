@@ -2,11 +2,12 @@
 
 What stands outside the guard also happens in its worker processes, which import this
 file again. Each trial leaves a line in the file ATTEMPTS; a trial with the
-initialisation DEADLY kills its process.
+initialisation DEADLY kills its process, one with ENDLESS does not end.
 """
 
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,6 +31,8 @@ def train(config, digits, options):
             print({k: v for k, v in config.items() if k != "test"}, file=file)
     if config["init"] == os.environ.get("DEADLY"):
         os._exit(3)
+    if config["init"] == os.environ.get("ENDLESS"):
+        time.sleep(1000)
     return real(config, digits, options)
 
 

@@ -1,8 +1,13 @@
 """README's numbers are those of the committed results files, and of nothing else."""
 
+import importlib
 import json
+from collections import Counter
 
+import pytest
 from conftest import ROOT
+
+import common
 
 README = (ROOT / "README.md").read_text()
 RESULTS = {path: json.loads(path.read_text()) for path in sorted(ROOT.glob("q*.json"))}
@@ -16,12 +21,36 @@ def results_table():
     lines = ["| script | run | parameters | test accuracy, mean ± std | best seed |"]
     lines += ["|---|---|---:|---:|---:|"]
     for found in RESULTS.values():
+        if found["script"].startswith("q4_break/"):
+            continue  # they are in the table of alarms
         for label, run in found["runs"].items():
             mean = f"{run['mean']:.2f} ± {run['std']:.2f} %"
             best = max(seed["test_accuracy"] for seed in run["seeds"])
             script = f"`{found['script']}`"
             cells = script, label, f"{run['parameters']:,}", mean, f"{best:.2f} %"
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def alarm_table():
+    """How many runs set off which alarm: a row for each script of healthy runs, and for
+    each label of Q4."""
+    rows = []
+    for found in RESULTS.values():
+        script, runs = f"`{found['script']}`", found["runs"]
+        if script.startswith("`q4_break/"):
+            for label, run in runs.items():
+                mean = f"{run['mean']:.2f} ± {run['std']:.2f} %"
+                rows.append(([script, label, mean], run["seeds"]))
+        else:
+            seeds = [seed for run in runs.values() for seed in run["seeds"]]
+            rows.append(([script, f"all {len(seeds)} runs", "above"], seeds))
+    lines = [f"| script | run | test accuracy | {' | '.join(common.ALARMS)} |"]
+    lines += ["|---|---|---:|" + ":---:|" * len(common.ALARMS)]
+    for cells, seeds in rows:
+        counts = Counter(name for seed in seeds for name in seed["health"])
+        cells += [str(counts[name] or "") for name in common.ALARMS]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -46,6 +75,24 @@ def check(expected):
 
 def test_results_table():
     check(results_table())
+
+
+def test_alarm_table():
+    check(alarm_table())
+
+
+@pytest.mark.parametrize("found", RESULTS.values(), ids=lambda found: found["script"])
+def test_no_alarm_is_false_and_none_is_missed(found):
+    intended = {}
+    if found["script"].startswith("q4_break/"):
+        name = found["script"].removesuffix(".py").replace("/", ".")
+        intended = importlib.import_module(name).INTENDED
+    for label, run in found["runs"].items():
+        for seed in run["seeds"]:
+            if label in intended:
+                assert intended[label] in seed["health"]
+            else:
+                assert seed["health"] == [], label
 
 
 def test_speed_table():
