@@ -1,6 +1,6 @@
 """Q4, bad initialisation: all weights zero, or all the same constant.
 
-Expect  zero weights stay at chance, 11 %, and a constant without dropout below 50 %, with
+Expect  zero weights stay at chance, 11 %, and a constant without dropout below 30 %, with
         all 32 filters of the first layer one and the same. With dropout the constant
         learns, to over 90 %, and its filters are still one filter. He's random weights,
         or a little noise on the constant, cure it.
@@ -166,7 +166,7 @@ def main(argv=None):
             abs(loss - chance) < 0.01,
         ),
         (f"where the control's begins: {start:.4f}", abs(start - chance) < 0.1),
-        (f"the constant, no dropout, reads {max(one):.2f} %, below 50", max(one) < 50),
+        (f"the constant, no dropout, reads {max(one):.2f} %, below 30", max(one) < 30),
         (f"with dropout it reads {min(learns):.2f} %, over 80", min(learns) > 80),
     ]
     for cure in ("control", "He", "constant + noise, no dropout"):
