@@ -973,22 +973,23 @@ def error_of(accuracy: float) -> float:
     return max(100 - accuracy, 0.01)
 
 
-def logarithmic_axis(axes, written) -> None:
-    """A logarithmic y-axis with few ticks, the text of each by `written(value)`, for
-    what is already drawn."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
+def logarithmic_axis(axes, written, which: str = "y") -> None:
+    """A logarithmic axis with few ticks, the text of each by `written(value)`, for what
+    is already drawn."""
+    getattr(axes, f"set_{which}scale")("log")
+    low, high = getattr(axes, f"get_{which}lim")()
     digits = range(1, 10) if high < 8 * low else (1, 2, 5)
     ticks = [digit * 10**power for power in range(-5, 4) for digit in digits]
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{written(y):g}"))
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_minor_locator(NullLocator())
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{written(value):g}"))
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
 
 
-def accuracy_axis(axes) -> None:
+def accuracy_axis(axes, which: str = "y") -> None:
     """Space accuracies by the logarithm of the error: 10 % and 99.5 % both can be read."""
-    logarithmic_axis(axes, lambda error: 100 - error)
-    axes.invert_yaxis()
+    logarithmic_axis(axes, lambda error: 100 - error, which)
+    getattr(axes, f"invert_{which}axis")()
 
 
 def plot_curves(

@@ -563,13 +563,16 @@ def plot_finalists(ranked, title, digits, options):
     for y, (name, results) in enumerate(ranked.items()):
         accuracies = [val_accuracy(result) for result in results]
         mean, std = common.mean_std(accuracies)
-        axes.errorbar(mean, y, xerr=std, capsize=4, marker="o", color=common.COLORS[0])
-        axes.plot(accuracies, [y] * len(accuracies), "|", color=common.COLORS[1])
+        x, seeds = common.error_of(mean), list(map(common.error_of, accuracies))
+        axes.errorbar(x, y, xerr=std, capsize=4, marker="o", color=common.COLORS[0])
+        axes.plot(seeds, [y] * len(seeds), "|", color=common.COLORS[1])
         place = {"textcoords": "offset points", "ha": "center"}
-        axes.annotate(f"{mean:.2f}", (mean, y), (0, 8), **place)
+        axes.annotate(f"{mean:.2f}", (x, y), (0, 8), **place)
+    common.accuracy_axis(axes, "x")
     axes.set_yticks(range(len(ranked)), list(ranked))
     axes.set_ylim(len(ranked) - 0.5, -0.6)
     axes.set_xlabel("validation accuracy (%): mean, standard deviation, and the seeds")
+    axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     common.save_figure(figure, "finalists", title, digits, options)
 

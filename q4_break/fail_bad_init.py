@@ -9,7 +9,7 @@ Why     Units that begin alike receive like gradients and stay alike: the networ
         multiplied with a zero on its way. Dropout's masks differ from hidden unit to
         hidden unit and so set these apart, but all channels of a convolution feed the
         same hidden units with the same weights: nothing ever tells them apart.
-Run     python q4_break/fail_bad_init.py     a few minutes on two CPU cores
+Run     python q4_break/fail_bad_init.py     under three minutes on two CPU cores
 """
 
 import math

@@ -8,7 +8,7 @@ Why     Adam's step is as long as its rate, whatever the gradient. A hundred tim
         nothing can move any more but the last biases, and the loss rests at ln 10. SGD's
         step grows with the gradient, and the gradient with the step before. BatchNorm
         undoes the size of the weights before every ReLU; clipping bounds the step.
-Run     python q4_break/fail_high_lr.py     a few minutes on two CPU cores
+Run     python q4_break/fail_high_lr.py     under three minutes on two CPU cores
 """
 
 import math

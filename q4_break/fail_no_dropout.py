@@ -8,7 +8,7 @@ Why     The fully connected layer has 400,000 weights, 200 for each image: enoug
         recognise every image by its accidents. Dropout takes a random half of the
         hidden units away, so that no few of them can agree on an image; augmentation
         never shows the same image twice.
-Run     python q4_break/fail_no_dropout.py     a few minutes on two CPU cores
+Run     python q4_break/fail_no_dropout.py     under three minutes on two CPU cores
 """
 
 import statistics

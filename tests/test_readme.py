@@ -10,9 +10,10 @@ from conftest import ROOT
 import common
 
 README = (ROOT / "README.md").read_text()
-RESULTS = {path: json.loads(path.read_text()) for path in sorted(ROOT.glob("q*.json"))}
-RESULTS |= {
-    path: json.loads(path.read_text()) for path in sorted(ROOT.glob("q*/*.json"))
+RESULTS = {
+    path: json.loads(path.read_text())
+    for pattern in ("q*.json", "q2_variants/*.json", "q4_break/*.json")
+    for path in sorted(ROOT.glob(pattern))
 }
 BENCHMARK = json.loads((ROOT / "tests" / "benchmark.json").read_text())
 
