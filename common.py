@@ -21,6 +21,7 @@ import socket
 import statistics
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import zlib
@@ -1073,10 +1074,14 @@ def label_ends(axes, ends: list[tuple]) -> None:
     heights = [axes.transData.transform(end[:2])[1] for end in ends]  # in pixels
     free = -math.inf
     for height, (x, y, text, color) in sorted(zip(heights, ends, strict=True)):
-        free = max(height, free + 18)  # a line of text above the one below
+        text = text.replace(" ", "\xa0").replace(",\xa0", ", ")  # break after commas
+        text = textwrap.fill(text, 30)
+        half = 9 * (1 + text.count("\n"))
+        middle = max(height, free + half)
+        free = middle + half
         place = {"textcoords": "offset pixels", "va": "center", "color": color}
         place |= {"path_effects": [withStroke(linewidth=3, foreground="white")]}
-        axes.annotate(text, (x, y), (10, free - height), **place)
+        axes.annotate(text, (x, y), (10, middle - height), **place)
 
 
 def count_confusions(logits: Tensor, labels: Tensor) -> Tensor:

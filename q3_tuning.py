@@ -621,8 +621,8 @@ def study(sweep, digits, options):
     sweep.expect(2 * len(seeds), compared)
 
     found = sweep.run({name: c | short for name, c in tried.items()}, seeds[:2])
-    if not found:
-        sys.exit("all trials failed: see above")
+    if not all(best_arms(base, found).values()):
+        sys.exit("all trials of a factor failed: see above")
     rows = [
         tried[name]
         | {"seed": result["history"]["seed"], "val_accuracy": val_accuracy(result)}
@@ -661,7 +661,11 @@ def study(sweep, digits, options):
     title = f"{FINALISTS['images']:,} images: {answer}"
     common.plot_curves(curves, title, digits, options)
     if last:
-        ends = [f"{name} {mean_val(results):.2f} %" for name, results in last.items()]
+        short = {f"{chosen}, final": "the choice"}
+        ends = [
+            f"{short.get(k, k)} {mean_val(results):.2f} %"
+            for k, results in last.items()
+        ]
         curves = common.histories_of({name: runs[name] for name in last})
         title = f"All images, validation: {'; '.join(ends)}"
         common.plot_curves(curves, title, digits, options, "final")
