@@ -108,6 +108,15 @@ def test_benchmark_sentences():
     check(f"{startup['peak_memory_gib']:.2f} GiB")
 
 
+def test_tuning_sentences():
+    runs = RESULTS[ROOT / "q3_tuning.json"]["runs"]
+    final = next(label for label in runs if label.endswith(", final"))
+    for label in ("published", final.removesuffix(", final")):
+        accuracies = [seed["val_accuracy"] for seed in runs[label]["seeds"]]
+        check("{:.2f} ± {:.2f} %".format(*common.mean_std(accuracies)))
+    check(f"{runs[final]['mean']:.2f} % of the test images")
+
+
 def test_results_are_five_or_more_whole_runs_on_mnist():
     assert RESULTS
     for path, found in RESULTS.items():
