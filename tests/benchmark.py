@@ -1,14 +1,14 @@
 """What the project claims about speed, memory and the stand-in, measured. By hand, on
 an otherwise idle machine:
 
-    python tests/benchmark.py                    all parts; 50 minutes on two CPU cores
+    python tests/benchmark.py                    all parts; 40 minutes on two CPU cores
     python tests/benchmark.py --only training    one of training, augmentation, startup,
                                                  drawing, transfer, sweep
 
 The ways to train take turns, and the medians of their ratios are what counts: machines
 differ and are noisy. `transfer` trains the baseline on the synthetic stand-in alone and
-reads it on the real MNIST test images; `sweep` runs Q3 as a user does. Both need MNIST
-in --data-dir, MNIST_DIR or data/.
+reads it on the real MNIST test images; `sweep` runs trials of Q3. Both need MNIST in
+--data-dir, MNIST_DIR or data/.
 Writes benchmark.json and benchmark_standin.png beside itself.
 """
 
@@ -58,7 +58,7 @@ def our_way(digits, network, **options):
 
 def few(digits):
     """The first 1,000 training digits, and the validation digits."""
-    return common.Split(*(tensor[:1000] for tensor in digits.train)), digits.val
+    return common.first(digits.train, 1000), digits.val
 
 
 def bare_limit(digits, precision):
@@ -86,7 +86,7 @@ def small_mnist(folder):
     """IMAGES training digits, drawn and written to `folder`; one to validate."""
     write_mnist(Path(folder), train=IMAGES * 12 // 11 + 12)
     digits = load(folder, limit=IMAGES)
-    return digits._replace(val=common.Split(*(tensor[:1] for tensor in digits.val)))
+    return digits._replace(val=common.first(digits.val, 1))
 
 
 def summarize(rates, reference):
@@ -192,32 +192,27 @@ def measure_transfer(data_dir):
     return {"test_accuracy_on_mnist": accuracies, "mean": mean, "std": std}
 
 
-def measure_sweep(data_dir):
+def measure_sweep(data_dir, trials=24):
     """Trials of Q3's study by one worker for each core, over trials one after the other
-    with all threads; and a whole sweep with its defaults."""
-    digits, threads, ratios = load(data_dir, "mnist"), torch.get_num_threads(), []
+    with all threads; and the share of the workers' time that went elsewhere."""
+    digits, threads, rates = load(data_dir, "mnist"), torch.get_num_threads(), []
     config = q3_tuning.PUBLISHED | q3_tuning.STUDY | {"improved": False, "test": False}
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--device", "cpu", "--out-dir", folder, "--data-dir", data_dir]
         options = common.parse_options(q3_tuning.__file__, "", map(str, arguments))
-        for _ in range(2):
-            rates = []
-            for options.workers in (0, threads):
-                torch.set_num_threads(1 if options.workers else threads)
-                sweep = q3_tuning.Sweep(digits, options)
-                sweep.run({"the workers start": config}, range(threads))
-                started = time.perf_counter()
-                sweep.run({"timed": config}, range(10, 18))
-                rates.append(8 / (time.perf_counter() - started))
-                sweep.stop()
-            ratios.append(rates[1] / rates[0])
-        torch.set_num_threads(threads)
-        started = time.perf_counter()
-        said = run(q3_tuning.__file__, "--out-dir", folder, "--data-dir", data_dir)
-        minutes = (time.perf_counter() - started) / 60
-    found = {"workers over one process": round(statistics.median(ratios), 2)}
-    found |= {"minutes": round(minutes, 1), "said": said.splitlines()[-1]}
-    return found
+        for options.workers in (0, threads):
+            torch.set_num_threads(1 if options.workers else threads)
+            sweep = q3_tuning.Sweep(digits, options)
+            sweep.run({"the workers start": config}, range(threads))
+            started, before = time.perf_counter(), sweep.trained
+            sweep.run({"timed": config}, range(threads, threads + trials))
+            seconds = time.perf_counter() - started
+            rates.append(trials / seconds)
+            elsewhere = 1 - (sweep.trained - before) / (threads * seconds)
+            sweep.stop()
+    torch.set_num_threads(threads)
+    found = {"workers": threads, "workers over one process": rates[1] / rates[0]}
+    return {k: round(v, 2) for k, v in (found | {"elsewhere": elsewhere}).items()}
 
 
 def main():

@@ -102,6 +102,8 @@ def test_speed_table():
 
 def test_benchmark_sentences():
     startup, transfer = BENCHMARK["startup"], BENCHMARK["transfer"]
+    check(f"{BENCHMARK['sweep']['workers over one process']:.2f} times the rate")
+    check(f"{BENCHMARK['sweep']['elsewhere']:.2f} of the workers' time")
     check(f"{transfer['mean']:.2f} ± {transfer['std']:.2f} %")
     check(f"{BENCHMARK['drawing']['seconds']:.1f} s")
     check(f"{startup['help_seconds']:.1f} s")
