@@ -10,10 +10,10 @@ from conftest import ROOT
 import common
 
 README = (ROOT / "README.md").read_text()
+PATTERNS = "q*.json", "q2_variants/*.json", "q4_break/*.json"
 RESULTS = {
     path: json.loads(path.read_text())
-    for pattern in ("q*.json", "q2_variants/*.json", "q4_break/*.json")
-    for path in sorted(ROOT.glob(pattern))
+    for path in sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 }
 BENCHMARK = json.loads((ROOT / "tests" / "benchmark.json").read_text())
 
