@@ -352,6 +352,7 @@ class Sweep:
 
 
 def digest(task):
+    """The name of a trial's file, by its configuration and setting."""
     text = json.dumps({key: task[key] for key in ("config", "setting")}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
