@@ -1,76 +1,81 @@
-"""What two or more scripts share, in the order in which a run needs it: setup, data,
-synthetic stand-in, models, training, plots, reports and command line.
+"""What two or more scripts share, in the order in which a run needs it: setup, command line, data, augmentation,
+models, training, checkpoints, engine, health checks, plots, reports; at the end the synthetic digits.
 
-Images are uint8 (N, 1, 28, 28) until `normalize` makes them float; losses are mean
-cross-entropies in nats, accuracies are percentages. A foreseeable mistake of the user
-ends the program with one line (SystemExit) wherever it is found.
+Images are uint8 (N, 1, 28, 28) until `normalize` makes them float. Losses are mean cross-entropies in nats,
+accuracies are percentages. A foreseeable mistake of the user ends the program with one line (SystemExit).
 """
 
 import argparse
+import atexit
 import copy
 import csv
 import ctypes
+import functools
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
-import socket
+import re
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor, nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
+CORES = torch.get_num_threads()  # that torch may use; OMP_NUM_THREADS lowers it
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # whether this process is one of torchrun's ranks
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 
-# -------------------------------------------------------------------------------------
-# Setup: processor, device, files
-# -------------------------------------------------------------------------------------
-torch.set_flush_denormal(True)  # denormal numbers are many times slower to multiply
-torch.backends.cudnn.deterministic = True  # a resumed run ends in the same bits
-if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-    # glibc hands large blocks back to the system and page-faults them in again at the
-    # next step; keeping those of up to 1 GiB makes fp32 training a fifth faster.
-    for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        libc.mallopt(parameter, 1 << 30)
+
+# ---- Setup: process, device, files -----------------------------------------------------------------------------------
+def setup(threads):
+    """Settings of this process, made at a script's start and in each of its workers."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # multiplying denormal numbers is many times slower
+    torch.backends.cudnn.deterministic = True  # a resumed run ends bit-identical
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc returns large blocks to the system, which page-faults them in again at the next step. Keeping blocks
+        # of up to 1 GiB makes fp32 training a fifth faster.
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(parameter, 1 << 30)
 
 
 def available_devices() -> list[str]:
-    """The types of device that this machine has, the fastest first."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    return ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
+    """The device types of this machine, the fastest first."""
+    backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    return [name for name, backend in backends.items() if backend.is_available()] + ["cpu"]
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether `device` computes in bfloat16 itself; emulated, it is slower than fp32."""
+    """Whether `device` computes in bfloat16 natively; emulated, it is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     flags = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return any(flags.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def write_file(path: Path | str, content: bytes) -> None:
-    """Write `path` so that anyone, also after a kill, finds the old file or the new."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_file(path, content: bytes):
+    """Write `path` atomically: after a kill there is the old file or the new one."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -83,15 +88,98 @@ def write_file(path: Path | str, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# -------------------------------------------------------------------------------------
-# Data
-# -------------------------------------------------------------------------------------
+# ---- Command line ----------------------------------------------------------------------------------------------------
+def number(kind, least):
+    """An argparse type: finite numbers of this kind, of at least `least`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if least <= value < math.inf:
+            return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} of at least {least}")
+
+    return parse
+
+
+def make_parser(script: Path, doc: str, names: list[str], seeds: int) -> argparse.ArgumentParser:
+    """The parser of every script; --only selects one of `names`, `seeds` are trained by default."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{script.name}: {message}\n")
+    add, whole = parser.add_argument, number(int, 1)
+    add("--epochs", type=whole, metavar="N", help="at most, of every run (each run's own)")
+    add("--batch-size", type=whole, metavar="N", help="of every run (each run's own)")
+    add("--lr", type=number(float, 1e-12), metavar="X", help="learning rate of every run (each run's own)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--seed", type=number(int, 0), metavar="K", help="train seed K only")
+    which.add_argument("--seeds", type=whole, metavar="N", default=seeds, help=f"train seeds 0 to N-1 ({seeds})")
+    add("--only", choices=names, metavar="NAME", help=f"train one of: {'; '.join(names)}")
+    add("--workers", type=whole, metavar="N", help="runs trained side by side (one for each core; 1 on a GPU)")
+    add("--threads", type=whole, metavar="N", help="of each run (the cores divided by the workers)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    add("--data", choices=["auto", "mnist", "synthetic"], default="auto")
+    data_dir = os.environ.get("MNIST_DIR") or ROOT / "data"
+    add("--data-dir", type=Path, default=data_dir, metavar="DIR", help="($MNIST_DIR, or data/)")
+    add("--out-dir", type=Path, default=script.parent, metavar="DIR", help="(beside the script)")
+    add("--limit", type=whole, metavar="N", help="train on the first N images")
+    add("--resume", action="store_true", help="continue what a stopped start has left")
+    return parser
+
+
+def parse_args(script, doc, runs, argv=None, *, seeds=1, count=None) -> argparse.Namespace:
+    """Parse the command line of the script in the file `script`, whose runs are {name: configuration}; set up. A
+    script that derives its runs from these says how many there are (`count`).
+
+    Returns the options with runs (those to train, overrides applied), seeds (a list), device (torch.device),
+    precision ("fp32" or "bf16"), workers, threads, script (its path in the project), stem (the path that its
+    outputs begin with) and unchanged: whether runs and data are the script's own. A bad value: exit code 2.
+    """
+    script = Path(script).resolve()
+    networks = [config["network"] for config in runs.values() if "network" in config]
+    parser = make_parser(script, doc, list(dict.fromkeys([*networks, *runs])), seeds)
+    args = parser.parse_args(argv)
+    overrides = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    args.runs = {
+        name: {key: overrides.get(key, value) for key, value in config.items()}
+        for name, config in runs.items()
+        if args.only in (None, name, config.get("network"))
+    }
+    args.unchanged = not (overrides or args.only or args.limit)
+    args.seeds = list(range(args.seeds)) if args.seed is None else [args.seed]
+    if args.device == "auto":
+        args.device = available_devices()[0]
+    if args.device not in available_devices():
+        parser.error(f"--device {args.device}: not here; there is {', '.join(available_devices())}")
+    args.device = torch.device(args.device)
+    if args.precision == "auto":
+        args.precision = "bf16" if has_native_bf16(args.device) else "fp32"
+    most = CORES if args.device.type == "cpu" and not TORCHRUN else 1  # each of torchrun's ranks is a worker
+    args.workers = min(args.workers or most, count or len(args.runs) * len(args.seeds))
+    args.threads = args.threads or max(1, CORES // args.workers)
+    args.script = script.relative_to(ROOT).as_posix()
+    args.stem = args.out_dir.resolve() / script.stem
+    try:  # now, not after the training
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out_dir).close()
+    except OSError as error:
+        parser.error(f"--out-dir {args.out_dir}: cannot write: {error.strerror}; give another folder")
+    setup(args.threads)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # the first rank prints
+    return args
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
 MEAN, STD = 0.1307, 0.3081  # of the training pixels, scaled to 0-1
 VAL_SHARE = 12  # one training image in 12 is for validation: 5,000 of 60,000
 SPLIT_SEED = 2024  # the same validation images in every run of every script
 DOWNLOAD_SECONDS = 120  # for all four files, 11 MB
-KINDS = "images-idx3-ubyte", "labels-idx1-ubyte"
-MNIST_FILES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in KINDS]
+DOWNLOAD = "from torchvision.datasets import MNIST\nMNIST({folder!r}, download=True)"
+MNIST_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
 class Split(NamedTuple):
@@ -101,161 +189,125 @@ class Split(NamedTuple):
     labels: Tensor
 
 
-def first(split: Split, count: int) -> Split:
-    """The first `count` images with their labels."""
-    return Split(*(tensor[:count] for tensor in split))
-
-
-class Digits(NamedTuple):
-    """A data set in three parts; `source` is "MNIST" or "synthetic stand-in"."""
+class Dataset(NamedTuple):
+    """Three splits, and a name: "MNIST" or "synthetic digits". What trains gets no test split."""
 
     train: Split
     val: Split
-    test: Split
-    source: str
+    test: Split | None
+    name: str
+
+
+def first(split: Split, count: int | None) -> Split:
+    """The first `count` images with their labels (None: all)."""
+    return Split(split.images[:count], split.labels[:count])
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Pixels 0-255, uint8 or float -> float32 with MNIST's mean at 0 and deviation 1."""
+    """Pixels 0-255, uint8 or float -> float32 with mean 0 and standard deviation 1."""
     return images.float().mul(1 / (255 * STD)).sub_(MEAN / STD)
 
 
-def load_digits(options) -> Digits:
-    """The digits that the command line asks for, on its device (see `parse_options`).
+def load_data(args) -> Dataset:
+    """The data set that the command line asks for, on its device, its training split shortened to --limit.
 
-    `options.data`: "mnist" takes MNIST from `data_dir`, in torchvision's layout, and
-    downloads it if it is missing; "synthetic" draws the stand-in; "auto" falls back to
-    the stand-in, with a warning, where MNIST cannot be had. Broken files always end the
-    program: they should be looked at, not papered over. `limit` keeps the first
-    training images only.
+    MNIST is read from --data-dir, in torchvision's layout, and downloaded there if it is missing. With --data auto
+    the synthetic digits take its place, with a warning, where it cannot be had. Corrupt files are always an error.
     """
-    folder, wanted = options.data_dir, (options.limit, options.device)
-    if options.data != "synthetic":
+    if args.data != "synthetic":
         try:
-            return split_digits(*read_mnist(folder), "MNIST", *wanted)
+            return split_data(*read_mnist(args.data_dir), "MNIST", args.limit, args.device)
         except ValueError as error:
             sys.exit(f"{error}; delete the file to download it again")
         except OSError as error:
-            reason = f"MNIST is not in {folder} and cannot be downloaded ({error})"
-            remedy = "put its files into MNIST/raw there, or give --data-dir"
-            if options.data == "mnist":
-                sys.exit(f"{reason}; {remedy}")
-            print(f"WARNING: {reason}; {remedy}.", file=sys.stderr)
-            print("WARNING: this run uses the synthetic stand-in.", file=sys.stderr)
+            reason = f"MNIST is not in {args.data_dir} and cannot be downloaded ({error})"
+            reason += "; put its files into MNIST/raw there, or give --data-dir"
+            if args.data == "mnist":
+                sys.exit(reason)
+            print(f"WARNING: {reason}.\nWARNING: this run uses the synthetic digits.", file=sys.stderr)
     drawn = *draw_digits(60_000, seed=0), *draw_digits(10_000, seed=1)
-    return split_digits(*drawn, "synthetic stand-in", *wanted)
+    return split_data(*drawn, "synthetic digits", args.limit, args.device)
 
 
-def split_digits(images, labels, test_images, test_labels, source, limit, device):
-    """Split the training images by a fixed generator, 11/12 train, 1/12 validation."""
-    generator = torch.Generator().manual_seed(SPLIT_SEED)
-    order = torch.randperm(len(labels), generator=generator)
+def split_data(images, labels, test_images, test_labels, name, limit=None, device="cpu") -> Dataset:
+    """Split the training images with a fixed generator: 1/12 for validation, the rest for training."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     val, train = order.tensor_split([len(labels) // VAL_SHARE])
     train = train[:limit]
-    parts = (images[train], labels[train]), (images[val], labels[val])
-    parts = *parts, (test_images, test_labels)
-    return Digits(*(Split(x.to(device), y.to(device)) for x, y in parts), source)
+    splits = (images[train], labels[train]), (images[val], labels[val]), (test_images, test_labels)
+    return Dataset(*(Split(x.to(device), y.to(device)) for x, y in splits), name)
 
 
-def read_mnist(data_dir) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images (N, 1, 28, 28) and labels (N,), then those of the test split.
-
-    Raises ValueError for a broken file, OSError if one is missing and stays so.
-    """
-    from torchvision.datasets import MNIST  # late: a second that --help need not wait
-
+def read_mnist(data_dir) -> list[Tensor]:
+    """Training images (N, 1, 28, 28) and labels (N,), then those of the test split. Raises ValueError for a corrupt
+    file, OSError if one is missing and cannot be downloaded."""
     raw = Path(data_dir) / "MNIST" / "raw"
     if missing := [name for name in MNIST_FILES if not (raw / name).exists()]:
         download_mnist(raw, missing)
-    check_mnist(raw)
-    parts = [MNIST(str(data_dir), train=train) for train in (True, False)]
-    return tuple(t for part in parts for t in (part.data.unsqueeze(1), part.targets))
-
-
-def check_mnist(raw: Path) -> None:
-    """ValueError, one line, if one of the four files in `raw` is not what it should be:
-    torchvision loads a label file that is too short without a word."""
-    counts = []
-    for name in MNIST_FILES:
-        content = (raw / name).read_bytes()
-        shape = (28, 28) if "images" in name else ()
-        header = [int.from_bytes(content[i : i + 4], "big") for i in (0, 4, 8, 12)]
-        header = header[: 2 + len(shape)]
-        if header[0] != 2049 + len(shape) or header[2:] != list(shape):
-            raise ValueError(f"{raw / name} is not an MNIST file of its kind")
-        if len(content) != 4 * len(header) + header[1] * math.prod(shape):
-            raise ValueError(f"{raw / name} is truncated or too long")
-        if not shape and max(content[8:], default=0) > 9:
-            raise ValueError(f"{raw / name} has labels other than 0-9")
-        counts.append(header[1])
+    parts = [read_idx(raw / name) for name in MNIST_FILES]
     for i in (0, 2):
-        if counts[i] != counts[i + 1] or counts[i] < VAL_SHARE:
-            found = f"{counts[i]} images, {counts[i + 1]} labels"
-            raise ValueError(f"{raw / MNIST_FILES[i]} and its labels differ: {found}")
+        images, labels = len(parts[i]), len(parts[i + 1])
+        if images != labels or images < VAL_SHARE:
+            raise ValueError(f"{raw / MNIST_FILES[i]} and its labels differ: {images} images, {labels} labels")
+    return parts
 
 
-def download_mnist(raw: Path, names: list[str]) -> None:
-    """Download MNIST into a temporary folder and move the files in `names` to `raw`,
-    each in one step, once all are whole: scripts that start together cannot disturb
-    each other. Raises OSError if that fails or takes longer than DOWNLOAD_SECONDS."""
-    from torchvision.datasets import MNIST
+def read_idx(path: Path) -> Tensor:
+    """The images uint8 (N, 1, 28, 28) or labels int64 (N,) in an IDX file. Raises ValueError if the file is not what
+    its name says; torchvision accepts a label file that is too short."""
+    content, shape = path.read_bytes(), (1, 28, 28) if "images" in path.name else ()
+    size = 16 if shape else 8
+    magic, count, *dimensions = [int.from_bytes(content[i : i + 4], "big") for i in range(0, size, 4)]
+    if magic != (2051 if shape else 2049) or tuple(dimensions) != shape[1:]:
+        raise ValueError(f"{path} is not an MNIST file of its kind")
+    if count == 0 or len(content) != size + count * math.prod(shape):
+        raise ValueError(f"{path} is empty, truncated or too long")
+    values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=size).view(count, *shape)
+    if not shape and values.max() > 9:
+        raise ValueError(f"{path} has labels other than 0-9")
+    return values if shape else values.long()
 
-    outcome = []
 
-    def download(folder):
-        try:
-            outcome.append(MNIST(folder, download=True))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is reported below
-            outcome.append(error)
-
+def download_mnist(raw: Path, names: list[str]):
+    """Download MNIST into a temporary folder and move the files in `names` to `raw`, each atomically, so that scripts
+    that start together cannot disturb each other. Raises OSError on failure or after DOWNLOAD_SECONDS."""
     raw.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.TemporaryDirectory(
-        dir=raw, prefix=".download-", ignore_cleanup_errors=True
-    )
-    with temporary as folder:
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(10)  # a dead connection; the join bounds a slow one
-        worker = threading.Thread(target=download, args=(folder,), daemon=True)
-        worker.start()
-        worker.join(DOWNLOAD_SECONDS)
-        socket.setdefaulttimeout(timeout)
-        if not outcome:
-            raise OSError(f"it takes more than {DOWNLOAD_SECONDS} s")
-        if isinstance(outcome[0], Exception):
-            raise OSError(str(outcome[0]).rpartition("got:")[2].strip()[:200])
+    with tempfile.TemporaryDirectory(dir=raw, prefix=".download-") as folder:
+        command = [sys.executable, "-c", DOWNLOAD.format(folder=folder)]  # a process, which can be ended
+        try:
+            done = subprocess.run(command, timeout=DOWNLOAD_SECONDS, capture_output=True, text=True, check=False)
+        except subprocess.TimeoutExpired:
+            raise OSError(f"it takes more than {DOWNLOAD_SECONDS} s") from None
+        if done.returncode:
+            raise OSError(done.stderr.strip().rpartition("\n")[2].rpartition("got:")[2].strip()[:200])
         for name in names:
             os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
 
 
 def batches(split: Split, size: int, order: torch.Generator, augment=None):
-    """Yield (images float32 (B, 1, 28, 28), labels (B,)), every image once, in an order
-    drawn from `order` (on the CPU); the last batch may be smaller. `augment` changes
-    the images, as floats 0-255, before they are normalized.
-
-    On resident tensors a batch is one indexing, which needs no worker processes.
-    """
+    """Yield (images float32 (B, 1, 28, 28), labels (B,)), every image once, shuffled by the generator `order` (on the
+    CPU); the last batch may be smaller. `augment` gets the images as floats 0-255, before they are normalized."""
     permutation = torch.randperm(len(split.labels), generator=order)
-    for rows in permutation.to(split.labels.device).split(size):
+    for rows in permutation.to(split.labels.device).split(size):  # resident data: a batch is one indexing operation
         images = split.images[rows]
         if augment:
             images = augment(images.float())
         yield normalize(images), split.labels[rows]
 
 
-# -------------------------------------------------------------------------------------
-# Augmentation: on whole batches, where they lie
-# -------------------------------------------------------------------------------------
+# ---- Augmentation: whole batches at once, on their device ------------------------------------------------------------
 def affine(images: Tensor, angle: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Turn, scale and move each of `images`, float (B, 1, 28, 28), about its centre.
+    """Rotate, scale and shift each of `images`, float (B, 1, 28, 28), about its centre.
 
-    angle (B,) in degrees, clockwise; shift (B, 2) in pixels, right and down; scale (B,).
-    The same as torchvision's `affine`, bilinear, with 0 beyond the border.
+    angle (B,) in degrees, clockwise; shift (B, 2) in pixels, right and down; scale (B,). The same as torchvision's
+    `affine`, bilinear, with 0 beyond the border.
     """
-    turn = torch.deg2rad(angle)
-    cos, sin = turn.cos() / scale, turn.sin() / scale
-    # Where a step to the right or down in the result goes in the image, and its origin;
-    # coordinates run from -1 to 1. affine_grid computes the same, several times slower.
-    right, down = torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)
+    angle = torch.deg2rad(angle)
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    # Where a step to the right or down in the result goes in the image, and its origin; coordinates run from -1 to 1.
+    # affine_grid computes the same, several times slower.
+    right = torch.stack([cos, -sin], 1)
+    down = torch.stack([sin, cos], 1)
     origin = -(right * shift[:, :1] + down * shift[:, 1:]) / 14
     right, down, origin = (t[:, None, None] for t in (right, down, origin))
     place = (torch.arange(28, device=images.device) + 0.5) / 14 - 1
@@ -263,78 +315,926 @@ def affine(images: Tensor, angle: Tensor, shift: Tensor, scale: Tensor) -> Tenso
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def random_affine(
-    images: Tensor,
-    generator: torch.Generator,
-    degrees=(),
-    shift=0.0,
-    scale=0.0,
-    crop=0.0,
-) -> Tensor:
-    """Images, float (B, 1, 28, 28), with 0 as background, each changed in its own way:
-    turned by up to +-`degrees` (several turns add up), moved by up to +-`shift` pixels
-    and scaled by 1 +- `scale`, all uniform; with probability `crop`, first cut to the
-    central 22 x 22 pixels and resized."""
+def random_affine(images: Tensor, generator: torch.Generator, degrees=(), shift=0.0, scale=0.0) -> Tensor:
+    """Transform each of `images`, float (B, 1, 28, 28), differently: rotate by up to +-`degrees` (several rotations
+    add up), shift by up to +-`shift` pixels and scale by 1 +- `scale`, all uniformly distributed."""
 
     def uniform(*shape):
-        shape = len(images), *shape
-        return torch.rand(shape, generator=generator, device=images.device) * 2 - 1
+        return torch.rand((len(images), *shape), generator=generator, device=images.device) * 2 - 1
 
-    if crop:
-        chosen = (uniform() < 2 * crop - 1).nonzero().flatten()
-        centre = images[chosen, :, 3:25, 3:25]
-        resized = F.interpolate(centre, size=28, mode="bilinear")
-        images = images.index_copy(0, chosen, resized)
     angle = images.new_zeros(len(images))
     for limit in degrees:
         angle += limit * uniform()
     return affine(images, angle, shift * uniform(2), 1 + scale * uniform())
 
 
-# -------------------------------------------------------------------------------------
-# Synthetic stand-in: digits drawn with a pen, for machines without MNIST
-# -------------------------------------------------------------------------------------
-# Ways to lay a digit by hand, as points of a pen's path: two letters are a point, its
-# column and row from a to u in a 21 x 21 grid; "-" lifts the pen. A point named twice
-# in a row is a corner. Points named again are the same point, and move with it.
+# ---- Models: chains of layers ----------------------------------------------------------------------------------------
+def baseline_cnn(dropout: float = 0.5) -> nn.Sequential:
+    """The baseline: (B, 1, 28, 28) -> logits (B, 10), with 421,642 parameters.
+
+    Max-pool stands before ReLU: the two commute, and ReLU has a quarter of the work.
+    """
+    return nn.Sequential(
+        *[nn.Conv2d(1, 32, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()],  # -> (B, 32, 14, 14)
+        *[nn.Conv2d(32, 64, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()],  # -> (B, 64, 7, 7)
+        nn.Flatten(),  # -> (B, 3136)
+        *[nn.Linear(3136, 128), nn.ReLU(), nn.Dropout(dropout)],
+        nn.Linear(128, 10),
+    )
+
+
+def advanced_combo_cnn(dropout: float = 0.5) -> nn.Sequential:
+    """AdvancedComboCNN: kernels of 5, 3 and 1, BatchNorm, LeakyReLU and global average pooling; (B, 1, 28, 28) ->
+    logits (B, 10), with 29,386 parameters. He initialisation (He et al. 2015, arXiv:1502.01852)."""
+    model = nn.Sequential(
+        *[nn.Conv2d(1, 32, 5), nn.BatchNorm2d(32), nn.MaxPool2d(2), nn.LeakyReLU()],  # -> (B, 32, 12, 12)
+        *[nn.Conv2d(32, 64, 3), nn.BatchNorm2d(64), nn.MaxPool2d(2), nn.LeakyReLU()],  # -> (B, 64, 5, 5)
+        *[nn.Conv2d(64, 128, 1), nn.BatchNorm2d(128), nn.LeakyReLU()],
+        *[nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout)],  # -> (B, 128)
+        nn.Linear(128, 10),
+    )
+    for layer in model:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, a=0.01, nonlinearity="leaky_relu")
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable scalars."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def layer_outputs(model: nn.Module, x: Tensor):
+    """Yield (layer, its output for `x`) along a chain; a module that branches is one layer."""
+    if not isinstance(model, nn.Sequential):
+        yield model, model(x)
+        return
+    for part in model:
+        for layer, output in layer_outputs(part, x):
+            x = output
+            yield layer, x
+
+
+def print_layers(model: nn.Module):
+    """Print a table of the layers with their output shapes, without the batch, and parameters."""
+    print(f"{'layer':<18} {'output shape':<14} {'parameters':>10}")
+    for layer, x in layer_outputs(model, torch.zeros(2, 1, 28, 28)):
+        shape = " x ".join(map(str, x.shape[1:]))
+        print(f"{type(layer).__name__:<18} {shape:<14} {count_parameters(layer):>10,}")
+    print(f"{'total':<33} {count_parameters(model):>10,}\n")
+
+
+# ---- Training and evaluation -----------------------------------------------------------------------------------------
+EVAL_BATCH = 250  # activations that stay near the caches; 1,000 ran half as fast
+CHECKS = 20  # times an epoch that the loss is read back: to show progress, and to stop
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """uint8 images (N, 1, 28, 28) -> logits (N, 10), in evaluation mode and fp32."""
+    training = model.training
+    model.eval()
+    logits = [model(normalize(part)) for part in images.split(EVAL_BATCH)]
+    model.train(training)
+    return torch.cat(logits)
+
+
+def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy in percent; changes neither the model nor any random state."""
+    return compute_score(predict(model, split.images), split.labels)
+
+
+def compute_score(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Logits (N, 10), labels (N,) -> loss and accuracy: sums over all images, divided once by N."""
+    loss = F.cross_entropy(logits, labels, reduction="sum").item() / len(labels)
+    return loss, 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+@dataclass
+class History:
+    """What happened in a training."""
+
+    rows: list[dict] = field(default_factory=list)  # of the log, for each finished epoch
+    step_losses: list[float] = field(default_factory=list)
+    best_epoch: int = 0  # whose weights were kept
+    diverged: bool = False
+    health: list[str] = field(default_factory=list)  # the alarms of `check_health`
+    trace: dict[str, list] = field(default_factory=dict)  # what the script recorded
+
+    @property
+    def val_accuracy(self) -> float:
+        """Of the kept weights, in percent."""
+        return self.rows[self.best_epoch - 1]["val_accuracy"]
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    optimizer: torch.optim.Optimizer,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int = 0,  # of the batch order and the augmentation; neither dropout nor evaluation shifts it
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,  # stepped after every batch
+    augment=None,  # (images float 0-255 (B, 1, 28, 28), torch.Generator) -> images
+    patience: int | None = None,  # epochs without a better one after which training stops
+    precision: str = "fp32",  # "bf16": forward pass under autocast; weights, loss and evaluation stay fp32
+    trace: dict[str, list] | None = None,  # lists that the script fills; checkpoints keep them
+    checkpoint: Path | None = None,  # a file, written before the first and after every epoch
+    identity: dict | None = None,  # what the checkpoint must agree with to be resumed
+    resume: bool = False,  # from the checkpoint, if there is one, to a bit-identical end
+    progress=lambda images, line: print(line) if line else None,  # images since the last call, log line
+) -> History:
+    """Train `model` in place on data.train and leave in it the weights of its best epoch on data.val: the highest
+    accuracy and, among equals, the lowest loss. A loss that is not finite ends the training, as `diverged`."""
+    order = torch.Generator().manual_seed(seed)
+    noise = torch.Generator(data.train.labels.device).manual_seed(seed)
+    parts = {"model": model, "optimizer": optimizer, "order": order, "noise": noise}
+    if scheduler:
+        parts["scheduler"] = scheduler
+    identity = {**(identity or {}), "network": repr(model)}
+    history = History(trace={} if trace is None else trace)
+    best = copy.deepcopy(model.state_dict())
+    if resume and checkpoint.exists():
+        best = restore_training(checkpoint, identity, parts, history)
+    elif checkpoint:
+        save_training(checkpoint, identity, parts, history, best)
+    while not is_over(history, epochs, patience):
+        started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
+        drawn = batches(data.train, batch_size, order, augment and (lambda images: augment(images, noise)))
+        steps = math.ceil(len(data.train.labels) / batch_size)
+        losses, train, images = train_epoch(model, drawn, steps, optimizer, scheduler, precision, progress)
+        val = evaluate(model, data.val)
+        row = {"epoch": len(history.rows) + 1, "train_loss": train[0], "train_accuracy": train[1]}
+        row |= {"val_loss": val[0], "val_accuracy": val[1], "lr": lr, "seconds": time.perf_counter() - started}
+        if add_epoch(history, row, losses):
+            best = copy.deepcopy(model.state_dict())
+        if checkpoint:
+            save_training(checkpoint, identity, parts, history, best)
+        progress(images, log_line(history, epochs))
+    history.health = check_health(model, history, data.train)  # of the last weights
+    model.load_state_dict(best)
+    return history
+
+
+def train_epoch(model, batches, steps, optimizer, scheduler, precision, progress):
+    """Train on `batches`, `steps` of them, or until the mean loss is not finite. Returns the loss of each step, loss
+    and accuracy of the epoch, and how many images were not yet passed to `progress`."""
+    losses, total, correct, seen, unreported = [], 0, 0, 0, 0
+    model.train()
+    for step, (images, labels) in enumerate(batches):
+        with torch.autocast(images.device.type, torch.bfloat16, precision == "bf16"):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)  # in fp32: bf16 has three digits
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+        losses.append(loss.detach())
+        total += loss.detach() * len(labels)
+        correct += (logits.argmax(1) == labels).sum()
+        seen += len(labels)
+        unreported += len(labels)
+        if step % math.ceil(steps / CHECKS) == 0 or step == steps - 1:
+            if not math.isfinite(total.item()):
+                break
+            if step < steps - 1:  # the last ones are passed with the line of the log
+                progress(unreported, "")
+                unreported = 0
+    return torch.stack(losses).tolist(), (total.item() / seen, 100 * correct.item() / seen), unreported
+
+
+def is_over(history: History, epochs: int, patience: int | None) -> bool:
+    """Whether a training has diverged, has had all its epochs, or has waited too long for a better one."""
+    waited = len(history.rows) - history.best_epoch
+    return history.diverged or len(history.rows) >= epochs or (patience is not None and waited >= patience)
+
+
+def add_epoch(history: History, row: dict, losses: list[float]) -> bool:
+    """Add an epoch to the history; whether it is the best so far."""
+    history.rows.append(row)
+    history.step_losses += losses
+    history.diverged = not math.isfinite(row["train_loss"])
+    ranks = [(row["val_accuracy"], -row["val_loss"]) for row in history.rows]
+    is_best = len(ranks) == 1 or ranks[-1] > ranks[history.best_epoch - 1]
+    if is_best:
+        history.best_epoch = len(ranks)
+    return is_best
+
+
+def log_line(history: History, epochs: int) -> str:
+    """The last epoch as a line of the log."""
+    row = history.rows[-1]
+    line = f"epoch {row['epoch']:>2}/{epochs}"
+    for part in ("train", "val"):
+        line += f"  {part} loss {row[f'{part}_loss']:.4f} accuracy {row[f'{part}_accuracy']:.2f} %"
+    end = "DIVERGED" if history.diverged else "best" if history.best_epoch == row["epoch"] else ""
+    return f"{line}  lr {row['lr']:.2g}  {row['seconds']:.1f} s  {end}".rstrip()
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+def generators(model: nn.Module):
+    """The module whose get_rng_state and set_rng_state dropout depends on."""
+    device = next(model.parameters()).device
+    return torch.random if device.type == "cpu" else torch.get_device_module(device)
+
+
+def save_training(path: Path, identity: dict, parts: dict, history: History, best: dict):
+    """Write all that a training needs to continue."""
+    state = {k: v.get_state() if isinstance(v, torch.Generator) else v.state_dict() for k, v in parts.items()}
+    rng = generators(parts["model"]).get_rng_state()
+    write_file(path, pack(identity, **state, rng=rng, history=asdict(history), best=best))
+
+
+def restore_training(path: Path, identity: dict, parts: dict, history: History) -> dict:
+    """Put everything back to what `save_training` wrote; returns the best weights."""
+    state = load_checkpoint(path, identity)
+    for name, part in parts.items():
+        restore = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
+        restore(state[name])
+    generators(parts["model"]).set_rng_state(state["rng"])
+    history.trace.update(state["history"].pop("trace"))  # in the dictionary that the script fills
+    vars(history).update(state["history"])
+    return state["best"]
+
+
+def pack(identity: dict, **state) -> bytes:
+    """The content of a checkpoint: `state` with the identity of its run."""
+    torch.save({"identity": identity, **state}, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+def load_checkpoint(path: Path, identity: dict, content: bytes | None = None) -> dict:
+    """The state in a checkpoint, or in its `content`, of the run with this identity."""
+    try:
+        source = io.BytesIO(path.read_bytes() if content is None else content)
+        state = torch.load(source, map_location="cpu", weights_only=True)
+        saved = state["identity"]
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, KeyError, TypeError):
+        sys.exit(f"cannot resume: {path} is truncated or not a checkpoint of this project")
+    for key, now in identity.items():
+        if saved.get(key) != now:
+            difference = " ".join(f"{key} was {saved.get(key)}, is {now}".split())
+            sys.exit(f"cannot resume: {path} is of another configuration: {difference}")
+    return state
+
+
+# ---- Engine: all runs of a script, side by side, each scored on the test split once ----------------------------------
+class Run(NamedTuple):
+    """One training. `identity` is all that its result depends on, `path` its checkpoint. Of the configuration the
+    engine itself reads "epochs" and "images", the first N to train on."""
+
+    name: str
+    config: dict
+    seed: int
+    identity: dict
+    path: Path
+
+    def __str__(self):
+        return f"{self.name}, seed {self.seed}"
+
+
+@dataclass
+class Result:
+    """A finished run. `scores` is its entry in the results file; `test_logits` (10000, 10)."""
+
+    config: dict
+    seed: int
+    parameters: int
+    history: History
+    scores: dict
+    test_logits: Tensor | None = None
+
+
+def make_run(folder: Path, environment: dict, name: str, config: dict, seed: int, test: bool) -> Run:
+    """`environment`: what a result depends on beside its configuration; `test`: whether it has a test accuracy."""
+    config = json.loads(json.dumps(config))  # as another machine gets it: tuples become lists
+    identity = {"run": name, "seed": seed, **config, **environment, "test": test}
+    return Run(name, config, seed, identity, folder / f"{re.sub('[^A-Za-z0-9.,+]+', '-', name)}_seed{seed}.pt")
+
+
+def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> dict[str, list[Result]]:
+    """Train all runs of `configs` (default: args.runs) with all `seeds` (args.seeds): {name: results of its seeds}.
+
+    `train(config, data, seed, **settings) -> (model, History)` passes `settings` to `fit`; its data have no test
+    split. That is evaluated here only, once for each run, with the weights that were kept (test=False: not at all).
+    Processes train side by side: args.workers of this machine or, under torchrun, all ranks, of which only the first
+    returns. If a run raises, or ends its process twice, the others go on, and then the exit code is 1.
+    Ctrl-C: log and curves so far, exit code 130.
+    """
+    environment = {"data": 0, "device": args.device.type, "threads": args.threads, "precision": args.precision}
+    for tensor in itertools.chain(*data[:3]):
+        environment["data"] = zlib.crc32(tensor.cpu().contiguous().numpy(), environment["data"])
+    folder = Path(f"{args.stem}_runs")
+    make = functools.partial(make_run, folder, environment)
+    if RANK:
+        serve(f"rank {RANK}", torchrun_store()[0], train, data, make)  # to the end of this process
+    configs = args.runs if configs is None else configs
+    runs = [make(name, config, seed, test) for name, config in configs.items() for seed in seeds or args.seeds]
+    if args.resume and not any(folder.glob("*.pt")):
+        sys.exit(f"cannot resume: there is nothing in {folder}; run without --resume")
+    resume, results = args.resume or (TORCHRUN and torchrun_store()[1] > 1), {}
+    for run in runs:
+        if not resume:
+            run.path.unlink(missing_ok=True)  # what an older start has left
+        elif run.path.exists() and (result := load_result(run)):
+            results[str(run)] = result
+    left = [run for run in runs if str(run) not in results]
+    how = f"{args.workers} at a time, {args.threads} thread(s) each, {args.device.type}, {args.precision}"
+    print(f"{data.name}: {len(left)} of {len(runs)} runs to train, {how}", flush=True)
+    try:
+        failures = train_runs(train, args, data, make, left, resume, results)
+    except KeyboardInterrupt:
+        save_unfinished(runs, args.stem, data.name, "Interrupted: the epochs so far")
+        print(f"interrupted; --resume continues what is in {folder}", flush=True)
+        sys.exit(130)
+    if failures:
+        failed = f"{len(failures)} of {len(runs)} runs failed"
+        save_unfinished(runs, args.stem, data.name, failed)
+        sys.exit(f"{failed}, no results are reported: {'; '.join(failures)}")
+    return {name: [results[str(run)] for run in runs if run.name == name] for name in configs}
+
+
+def train_runs(train, args, data, make, runs: list[Run], resume: bool, results: dict) -> list[str]:
+    """Train `runs`, with one progress bar; adds to `results`, by run, and returns lines of what failed."""
+    failures = []
+    sizes = {str(run): run.config["epochs"] * len(data.train.labels[: run.config.get("images")]) for run in runs}
+    with tqdm(total=sum(sizes.values()), unit=" images", unit_scale=True, disable=None, leave=False) as bar:
+
+        def show(images, line=""):
+            bar.update(images)
+            if line:
+                bar.write(line)
+                sys.stdout.flush()  # for who reads a pipe
+
+        if args.workers == 1 and not TORCHRUN:
+            outcomes = ((run, train_run(train, data, run, resume, show)) for run in runs)
+        else:
+            outcomes = train_apart(train, args, data, make, runs, resume, show)
+        for run, outcome in outcomes:
+            if isinstance(outcome, str):
+                failures.append(f"{run}: {outcome}")
+                show(0, f"FAILED: {failures[-1]}")
+                continue
+            results[str(run)] = result = load_result(run, outcome)
+            bar.total -= sizes[str(run)] * (1 - len(result.history.rows) / run.config["epochs"])  # it stopped early
+            bar.set_postfix_str(f"{len(results)} runs done")
+            show(0, f"{run}: " + ", ".join(f"{k} {v:.2f} %" for k, v in result.scores.items() if "accuracy" in k))
+    return failures
+
+
+def train_run(train, data: Dataset, run: Run, resume: bool, show) -> bytes | str:
+    """Train and score a run. Returns its packed result, which its checkpoint holds too, or what failed, in a line."""
+    data = data._replace(train=first(data.train, run.config.get("images")))
+    settings = {"precision": run.identity["precision"], "checkpoint": run.path, "identity": run.identity}
+    settings |= {"resume": resume, "progress": lambda images, line: show(images, line and f"{run}: {line}")}
+    try:
+        run.path.parent.mkdir(exist_ok=True)
+        model, history = train(run.config, data._replace(test=None), run.seed, **settings)
+        scores, logits = score_run(model, history, run, data)
+    except Exception as error:  # of the script or of torch; the other runs go on
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return f"{message} ({Path(place.filename).name}, line {place.lineno})"
+    result = asdict(Result(run.config, run.seed, count_parameters(model), history, scores, logits))
+    write_file(run.path, pack(run.identity, result=result, best=model.state_dict()))
+    return pack(run.identity, result=result)
+
+
+def load_result(run: Run, content: bytes | None = None) -> Result | None:
+    """The result in a run's checkpoint, or packed in `content`; None if the run is not finished."""
+    result = load_checkpoint(run.path, run.identity, content).get("result")
+    return result and Result(**{**result, "history": History(**result["history"])})
+
+
+def score_run(model: nn.Module, history: History, run: Run, data: Dataset) -> tuple[dict, Tensor | None]:
+    """The entry of the results file for the kept weights, and their logits for the test images."""
+    logits, scores = None, {"seed": run.seed, "val_accuracy": history.val_accuracy}
+    if run.identity["test"]:
+        logits = predict(model, data.test.images)
+        scores["test_loss"], scores["test_accuracy"] = compute_score(logits, data.test.labels)
+        scores["train_accuracy"] = evaluate(model, data.train)[1]
+        scores["most_confused"] = most_confused(count_confusions(logits, data.test.labels))
+        logits = logits.cpu()
+    seconds = sum(row["seconds"] for row in history.rows)
+    scores |= {"epochs": len(history.rows), "best_epoch": history.best_epoch, "seconds": seconds}
+    return scores | {"health": history.health}, logits
+
+
+def save_unfinished(runs: list[Run], stem: Path, dataset: str, title: str):
+    """Log and curves of the finished epochs of all runs; no results file."""
+    results = {}
+    for run in [run for run in runs if run.path.exists()]:
+        state = load_checkpoint(run.path, run.identity)
+        history = History(**state.get("result", state)["history"])
+        if history.rows:
+            results.setdefault(run.name, []).append(Result(run.config, run.seed, 0, history, {}))
+    if results:
+        write_log(f"{stem}.csv", results)
+        save_figure(f"{stem}_curves.png", plot_curves(results), title, dataset)
+
+
+# Workers, processes of this machine and ranks of torchrun alike, draw numbers of a list of runs from a store of
+# torch.distributed, claim that run and leave its result there. The first process makes the list, and another one of
+# the runs whose worker has ended since. Keys hold the identity of a run, so that no result can be taken for another.
+@functools.cache
+def torchrun_store():
+    """(the store of torchrun's agent, which outlives the ranks; how many times this rank has started)."""
+    from torch.distributed import TCPStore
+
+    served = os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(*address, is_master=RANK == 0 and not served, wait_for_workers=False)
+    if RANK == 0:
+        store.delete_key("end")
+        atexit.register(store.set, "end", "now")
+    return store, store.add(f"starts of rank {RANK}", 1)
+
+
+def key_of(what: str, run: Run) -> str:
+    return f"{what} of {json.dumps(run.identity, sort_keys=True)}"
+
+
+def train_apart(train, args, data: Dataset, make, runs: list[Run], resume: bool, show):
+    """Yield (run, outcome of `train_run`) as workers finish them; a run that ends its process twice has failed."""
+    from torch.distributed import TCPStore
+
+    store = torchrun_store()[0] if TORCHRUN else TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for tensor in itertools.chain(*data[:3]):
+        tensor.share_memory_()  # the processes map it instead of copying it
+    work = (store.host, store.port), args.threads, train, data, make
+    left, tries, processes, listed, code = list(runs), Counter(), {}, None, None
+    images, lines = store.add("images", 0), store.add("lines", 0)
+    try:
+        while left:
+            code = watch_processes(store, work, processes, args.workers) or code
+            if listed is None or store.add(f"drawn of {listed[0]}", 0) >= len(listed[1]):
+                lost = [run for run in left if not is_claimed(store, run)]
+                tries.update(map(str, lost))
+                for run in [run for run in lost if tries[str(run)] > 2]:
+                    left.remove(run)
+                    lost.remove(run)
+                    yield run, f"its process ended twice, the last time with exit code {code}"
+                fields = [(run.name, run.config, run.seed, run.identity["test"]) for run in lost]
+                again = [resume or tries[str(run)] > 1 for run in lost]
+                listed = store.add("lists", 1), list(zip(fields, again, strict=True))
+                store.set("list", json.dumps(listed))
+            images, before = store.add("images", 0), images
+            show(images - before)
+            while store.check([f"line {lines + 1}"]):
+                lines += 1
+                show(0, store.get(f"line {lines}").decode())
+            for run in [run for run in left if store.check([key_of("result", run)])]:
+                left.remove(run)
+                outcome = store.get(key_of("result", run))
+                yield run, outcome if outcome.startswith(b"PK") else outcome.decode()  # a zip file, or a line
+            time.sleep(0.05)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.join()
+
+
+def watch_processes(store, work, processes: dict, count: int) -> int | None:
+    """Start the processes of this machine, by slot, and those again that have ended; returns an exit code of these."""
+    code, context = None, torch.multiprocessing.get_context("spawn")
+    for slot in (f"process {i} of rank {RANK}" for i in range(count)):
+        if slot in processes and processes[slot].exitcode is None:
+            continue
+        if slot in processes:
+            code = processes[slot].exitcode
+            if store.get(slot) == b"starting":
+                sys.exit(f"worker processes end at their start, exit code {code}; --workers 1 needs none")
+        store.set(slot, "starting")
+        processes[slot] = context.Process(target=serve_process, args=(slot, *work), daemon=True)
+        processes[slot].start()
+    return code
+
+
+def is_claimed(store, run: Run) -> bool:
+    """Whether a run has its result, or a worker that has not ended since."""
+    if not store.check([key_of("claim", run)]):
+        return False
+    slot, start = json.loads(store.get(key_of("claim", run)))
+    return store.check([key_of("result", run)]) or store.get(slot).decode() == start
+
+
+def serve_process(slot: str, address, threads: int, train, data: Dataset, make):
+    """A worker process of this machine, which ends when its parent does, even if that was killed."""
+    from torch.distributed import TCPStore
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    setup(threads)
+    serve(slot, TCPStore(*address, is_master=False, wait_for_workers=False), train, data, make)
+
+
+def serve(slot: str, store, train, data: Dataset, make):
+    """A worker: train runs of the newest list, until its process is ended or, for ranks, the first rank ends."""
+    start = f"{os.getpid()} {time.time()}"
+    store.set(slot, start)
+
+    def show(images, line):
+        store.add("images", images)
+        if line:
+            store.set(f"line {store.add('lines', 1)}", line)
+
+    while not store.check(["end"]):
+        number, listed = json.loads(store.get("list")) if store.check(["list"]) else (0, [])
+        drawn = store.add(f"drawn of {number}", 1) - 1
+        if drawn >= len(listed):
+            time.sleep(0.1)
+            continue
+        fields, resume = listed[drawn]
+        run = make(*fields)
+        store.set(key_of("claim", run), json.dumps((slot, start)))
+        try:
+            outcome = train_run(train, data, run, resume, show)
+        except SystemExit as error:  # a full disk, say
+            outcome = str(error.code)
+        store.set(key_of("result", run), outcome)
+    sys.exit(0)
+
+
+# ---- Health checks: what is wrong with a training that ended ---------------------------------------------------------
+ALARMS = "diverged", "not learning", "oscillating", "exploding gradients", "vanishing gradients"
+ALARMS += "dead ReLUs", "symmetric units", "overfitting"
+PROBE = 500  # training images on which gradients and ReLUs are measured
+WINDOWS = 20  # parts of a training, over which the loss of the steps is averaged
+
+
+def check_health(model: nn.Module, history: History, train: Split) -> list[str]:
+    """The names of the `ALARMS` that a training which just ended sets off.
+
+    The loss alone names no cause: ln 10 = 2.30, the loss at chance level, is where healthy networks begin and where
+    networks with dead ReLUs or zero weights end.
+    """
+    if history.diverged:
+        return ["diverged"]
+    probe = first(train, PROBE)
+    chance = 100 * train.labels.bincount().max().item() / len(train.labels)
+    gradients = gradient_sizes(model, probe) or [0.1]  # all parameters may be frozen
+    distinct = min(distinct_units(weight) / len(weight) for weight in layer_weights(model))
+    steps = torch.tensor(history.step_losses).tensor_split(WINDOWS)
+    means = torch.stack([part.mean() for part in steps if len(part)])
+    rise = (means - means.cummin(0).values).max().item()
+    last = history.rows[-1]
+    gap = last["train_accuracy"] - last["val_accuracy"]
+    alarms = {  # beside each: the extremes of the recorded healthy runs; of the broken ones
+        "not learning": last["train_accuracy"] < 2 * chance,  # 8 times; 1 time
+        "oscillating": rise > 0.5,  # 0.01; 2.1, of a trial
+        "exploding gradients": not max(gradients) < 1,  # 0.03; 1e5, of a trial
+        "vanishing gradients": min(gradients) <= 1e-4 * max(gradients),  # 0.02; 0
+        "dead ReLUs": max(dead_relus(model, probe.images), default=0) > 0.9,  # 0.66; 1
+        "symmetric units": distinct < 0.5,  # 1; 0.01
+        # 25 times the loss with a gap of 0.7 points; 36 times with one of 3.6
+        "overfitting": last["val_loss"] > 10 * last["train_loss"] and gap > 1,
+    }
+    return [name for name, alarm in alarms.items() if alarm]
+
+
+def layer_weights(model: nn.Module) -> list[Tensor]:
+    """The weights of the layers, a row for each unit, from the first to the last; no biases, nothing of BatchNorm's."""
+    return [p for p in model.parameters() if p.dim() > 1]
+
+
+def gradient_sizes(model: nn.Module, split: Split) -> list[float]:
+    """Root mean square of the gradient of the loss on `split` by each layer's weights, but for frozen ones; in
+    evaluation mode, so that neither dropout nor BatchNorm's averages are touched."""
+    training = model.training
+    model.eval()
+    weights = [weight for weight in layer_weights(model) if weight.requires_grad]
+    loss = F.cross_entropy(model(normalize(split.images)), split.labels)
+    gradients = torch.autograd.grad(loss, weights) if weights else []
+    model.train(training)
+    return [gradient.square().mean().sqrt().item() for gradient in gradients]
+
+
+@torch.inference_mode()
+def dead_relus(model: nn.Module, images: Tensor) -> list[float]:
+    """For each ReLU layer, the share of its units (channels) that are 0 everywhere in all of `images`, uint8
+    (N, 1, 28, 28), which pass through the network at once."""
+    training = model.training
+    model.eval()
+    relus = [x for layer, x in layer_outputs(model, normalize(images)) if isinstance(layer, nn.ReLU)]
+    model.train(training)
+    return [(x.transpose(0, 1).flatten(1).amax(1) <= 0).float().mean().item() for x in relus]
+
+
+def distinct_units(weight: Tensor) -> int:
+    """How many rows of a layer's weights differ from every row before them by more than a thousandth of the longer
+    one's length."""
+    rows = weight.detach().flatten(1).double()
+    lengths = rows.norm(dim=1)
+    same = torch.cdist(rows, rows) <= 1e-3 * torch.maximum(lengths, lengths[:, None])
+    return int((~same.tril(-1).any(1)).sum())
+
+
+# ---- Plots: each function returns a Figure, which `save_figure` titles and writes ------------------------------------
+# Okabe and Ito's colours, which colour-blind readers can tell apart (jfly.uni-koeln.de/color).
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = "osD^vPX"
+
+
+def new_figure(width: float, height: float):
+    """An empty matplotlib Figure, sizes in inches."""
+    from matplotlib.figure import Figure  # late: --help need not wait for it
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(path: Path | str, figure, title: str, dataset: str) -> None:
+    """Write a figure as PNG with its title, which names the data set if it is not MNIST."""
+    title = title if dataset == "MNIST" else f"[{dataset}] {title}"
+    figure.suptitle(textwrap.fill(title, int(8.5 * figure.get_figwidth())), fontweight="bold")
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=110)
+    write_file(path, buffer.getvalue())
+
+
+def error_of(accuracy: float) -> float:
+    """What is plotted for an accuracy on an `accuracy_axis`: the error, at least 0.01 %."""
+    return max(100 - accuracy, 0.01)
+
+
+def logarithmic_axis(axis, label_of=lambda value: value) -> None:
+    """Make axes.xaxis or axes.yaxis logarithmic, for what is drawn, with few ticks labelled `label_of(value)`."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis._set_axes_scale("log")
+    low, high = axis.get_view_interval()
+    digits = range(1, 10) if high < 8 * low else (1, 2, 5)
+    axis.set_major_locator(FixedLocator([digit * 10**power for power in range(-5, 4) for digit in digits]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{label_of(value):g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def accuracy_axis(axis) -> None:
+    """Make an axis, on which errors are drawn, one of accuracies: 10 % and 99.5 % are both legible."""
+    logarithmic_axis(axis, lambda error: 100 - error)
+    axis.set_inverted(True)
+
+
+def label_ends(axes, ends: list[tuple]) -> None:
+    """Write (x, y, text, colour) right of the ends of lines, none over another."""
+    from matplotlib.patheffects import withStroke
+
+    heights = [axes.transData.transform(end[:2])[1] for end in ends]  # in pixels
+    free = -math.inf
+    for height, (x, y, text, color) in sorted(zip(heights, ends, strict=True)):
+        text = textwrap.fill(text.replace(" ", "\xa0").replace(",\xa0", ", "), 30)  # break after commas
+        half = 9 * (1 + text.count("\n"))
+        middle = max(height, free + half)
+        free = middle + half
+        place = {"xytext": (10, middle - height), "textcoords": "offset pixels", "va": "center"}
+        axes.annotate(text, (x, y), color=color, path_effects=[withStroke(linewidth=3, foreground="white")], **place)
+
+
+def plot_curves(results: dict[str, list[Result]]):
+    """Loss and accuracy by epoch: the mean over the seeds that are still training, in the band from the least to the
+    greatest. A single run has a colour each for training and validation; several have one each."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, single = new_figure(12, 5), len(results) == 1
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        ends = []
+        for i, (name, seeds) in enumerate(results.items()):
+            for part, color in (("train", COLORS[i]), ("val", COLORS[i + single])):
+                lines = [[row[f"{part}_{quantity}"] for row in seed.history.rows] for seed in seeds]
+                if quantity == "accuracy":
+                    lines = [[error_of(value) for value in line] for line in lines]
+                columns = [[y for y in column if y is not None] for column in itertools.zip_longest(*lines)]
+                epochs, means = range(1, len(columns) + 1), [statistics.fmean(column) for column in columns]
+                axes.plot(epochs, means, "--" if part == "train" and not single else "-", color=color, lw=2)
+                band = [min(column) for column in columns], [max(column) for column in columns]
+                axes.fill_between(epochs, *band, color=color, alpha=0.15, lw=0)
+                for line, best in [(line, seed.history.best_epoch) for line, seed in zip(lines, seeds, strict=True)]:
+                    if part == "val":
+                        axes.plot(best, line[best - 1], MARKERS[i], fillstyle="none", color=color)
+                if single or part == "val":
+                    label = {"train": "training", "val": "validation"}[part] if single else name
+                    ends.append((len(means), means[-1], label, color))
+        accuracy_axis(axes.yaxis) if quantity == "accuracy" else logarithmic_axis(axes.yaxis)
+        axes.set(xlabel="epoch", ylabel="accuracy (%)" if quantity == "accuracy" else "loss (cross-entropy, nats)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        label_ends(axes, ends)
+    note = "open markers: the epoch whose weights were kept"
+    figure.supxlabel(note if single else f"{note}; dashed: training", fontsize=9)
+    return figure
+
+
+def plot_sweep(lines: dict[str, list[Result]], key: str, xlabel: str):
+    """Validation accuracy by the value of `key` in the configurations, on a logarithmic axis: for each label a line
+    of means, and points for the seeds."""
+    figure = new_figure(8, 5)
+    axes, ends = figure.subplots(), []
+    for i, (label, results) in enumerate(lines.items()):
+        errors = {}
+        for result in results:
+            errors.setdefault(result.config[key], []).append(error_of(result.history.val_accuracy))
+        means = [statistics.fmean(values) for values in errors.values()]
+        axes.plot(list(errors), means, color=COLORS[i])
+        for value, points in errors.items():
+            axes.plot([value] * len(points), points, MARKERS[i], color=COLORS[i], fillstyle="none")
+        ends.append((list(errors)[-1], means[-1], label, COLORS[i]))
+    accuracy_axis(axes.yaxis)
+    axes.set(xscale="log", xlabel=xlabel, ylabel="validation accuracy (%)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    label_ends(axes, ends)
+    return figure
+
+
+def count_confusions(logits: Tensor, labels: Tensor) -> Tensor:
+    """(10, 10) int64: how often the row's digit was predicted as the column's."""
+    return torch.bincount(10 * labels + logits.argmax(1), minlength=100).view(10, 10).cpu()
+
+
+def most_confused(counts: Tensor, most: int = 5) -> list[dict]:
+    """The most frequent mistakes in a confusion matrix, the most frequent first."""
+    wrong = counts.clone().fill_diagonal_(0).flatten()
+    order = wrong.argsort(descending=True, stable=True)[:most].tolist()
+    return [{"true": i // 10, "predicted": i % 10, "count": wrong[i].item()} for i in order if wrong[i]]
+
+
+def save_confusions(results: dict[str, list[Result]], stem: Path, data: Dataset) -> None:
+    """The confusion matrix of each run, for its seed with the best validation accuracy."""
+    for name, seeds in results.items():
+        figure = new_figure(7, 6.5)
+        axes, counts = figure.subplots(), count_confusions(best_seed(seeds).test_logits, data.test.labels.cpu())
+        wrong = counts.clone().fill_diagonal_(0)  # coloured alone, or the diagonal would hide the mistakes
+        axes.imshow(wrong.numpy(), cmap="Oranges", vmax=max(1, 1.5 * wrong.max().item()))
+        for i, count in enumerate(counts.flatten().tolist()):
+            color = "0.55" if i // 10 == i % 10 else "black"
+            axes.text(i % 10, i // 10, count or "", ha="center", va="center", color=color)
+        axes.set(xlabel="predicted digit", ylabel="true digit", xticks=range(10), yticks=range(10))
+        title = f"{name}: {wrong.sum()} of {counts.sum():,} test digits misclassified"
+        if pairs := most_confused(counts):
+            title += ", most often {true} as {predicted} ({count}x)".format(**pairs[0])
+        what = "confusion" if len(results) == 1 else f"confusion_{name.replace(' ', '-')}"
+        save_figure(f"{stem}_{what}.png", figure, title, data.name)
+
+
+def draw_images(axes, images: Tensor, columns: int, captions: list[str] = ()) -> None:
+    """Images (N, 1, 28, 28) in rows of `columns`, dark on light as on paper, below captions of two short lines."""
+    top, rows = (14 if captions else 2), max(1, math.ceil(len(images) / columns))
+    tiles = F.pad(images.cpu(), (2, 2, top, 2, 0, 0, 0, rows * columns - len(images)))
+    tiles = tiles.view(rows, columns, 30 + top, 32).transpose(1, 2).flatten(2)
+    axes.imshow(tiles.flatten(0, 1).numpy(), cmap="gray_r", vmin=0, vmax=255)
+    for i, caption in enumerate(captions):
+        x, y = 32 * (i % columns) + 16, (30 + top) * (i // columns) + top
+        axes.text(x, y, caption, ha="center", va="bottom", fontsize=9)
+    axes.axis("off")
+
+
+# ---- Reports ---------------------------------------------------------------------------------------------------------
+def mean_std(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (None for a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if values[1:] else None
+
+
+def test_accuracies(seeds: list[Result]) -> list[float]:
+    """Test accuracy of each seed, in percent."""
+    return [seed.scores["test_accuracy"] for seed in seeds]
+
+
+def best_seed(seeds: list[Result]) -> Result:
+    """The seed with the best validation accuracy, for what shows a single network."""
+    return max(seeds, key=lambda seed: seed.history.val_accuracy)
+
+
+def format_accuracy(values: list[float]) -> str:
+    """Accuracies of seeds as "99.27 ± 0.05 % (5 seeds)" or "99.27 % (1 seed)"."""
+    mean, std = mean_std(values)
+    return f"{mean:.2f} % (1 seed)" if std is None else f"{mean:.2f} ± {std:.2f} % ({len(values)} seeds)"
+
+
+def summarize(results: dict[str, list[Result]]) -> str:
+    """The test accuracy of all runs, for a title."""
+    return "; ".join(f"{name} {format_accuracy(test_accuracies(seeds))}" for name, seeds in results.items())
+
+
+def write_csv(path: Path | str, rows: list[dict]) -> None:
+    """A table with the keys of the first row as its header; floats have six digits."""
+    writer = csv.DictWriter(file := io.StringIO(), rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_file(path, file.getvalue().encode())
+
+
+def write_log(path: Path | str, results: dict[str, list[Result]]) -> None:
+    """The training log: a row for each run and epoch."""
+    seeds = [(name, seed) for name, seeds in results.items() for seed in seeds]
+    write_csv(path, [{"run": name, "seed": seed.seed, **row} for name, seed in seeds for row in seed.history.rows])
+
+
+def write_trials(path: Path | str, results: list[Result]) -> None:
+    """Runs that only validation compares: a row for each, with its configuration."""
+    accuracies = [{"val_accuracy": r.history.val_accuracy, "diverged": r.history.diverged} for r in results]
+    write_csv(path, [{**r.config, "seed": r.seed, **found} for r, found in zip(results, accuracies, strict=True)])
+
+
+def to_json(value):
+    """`value` with floats rounded to four digits. JSON has no NaN or infinity; write null."""
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    return value
+
+
+def report(results: dict[str, list[Result]], args, data: Dataset, expected_to_diverge=()) -> None:
+    """Write <stem>.csv and <stem>.json and print the table of results, with the recorded baseline to compare with.
+
+    A run that diverged, unless it is expected to, ends the program with exit code 1 after all is written.
+    """
+    write_log(f"{args.stem}.csv", results)
+    runs = {}
+    for name, seeds in results.items():
+        mean, std = mean_std(test_accuracies(seeds))
+        scores = [seed.scores for seed in seeds]
+        runs[name] = {"parameters": seeds[0].parameters, "config": seeds[0].config, "seeds": scores}
+        runs[name] |= {"mean": mean, "std": std}
+    sizes = {name: len(getattr(data, name).labels) for name in ("train", "val", "test")}
+    environment = {"python": platform.python_version(), "torch": torch.__version__, "device": args.device.type}
+    environment |= {"threads": args.threads, "precision": args.precision}
+    contents = {"script": args.script, "data": {"source": data.name, **sizes}, "environment": environment, "runs": runs}
+    write_file(f"{args.stem}.json", (json.dumps(to_json(contents), indent=1, ensure_ascii=False) + "\n").encode())
+
+    recorded = ROOT / "q1_baseline.json"
+    if args.script != "q1_baseline.py" and recorded.exists():
+        baseline = json.loads(recorded.read_text(encoding="utf-8"))
+        if baseline["data"] == contents["data"]:
+            runs = {"(Q1 baseline)": baseline["runs"]["baseline"], **runs}
+    width = max(map(len, runs))
+    print(f"\n{data.name}\n{'run':<{width}}  parameters   {'test accuracy':<27}health")
+    for name, run in runs.items():
+        accuracy = format_accuracy([seed["test_accuracy"] for seed in run["seeds"]])
+        counts = Counter(alarm for seed in run["seeds"] for alarm in seed["health"])
+        alarms = ", ".join(f"{alarm} ({count}x)" for alarm, count in counts.items()) or "no alarm"
+        print(f"{name:<{width}}{run['parameters']:>12,}   {accuracy:<27}{alarms}")
+    print(f"log, results and plots: {args.stem}*")
+    diverged = [name for name, seeds in results.items() if any(seed.history.diverged for seed in seeds)]
+    if unexpected := [name for name in diverged if name not in expected_to_diverge]:
+        sys.exit(f"training diverged: {', '.join(unexpected)}; a lower --lr may help")
+
+
+def can_check(args, data: Dataset) -> bool:
+    """Whether a script's claims can be checked: they are about its own runs on all of MNIST."""
+    if args.unchanged and data.name == "MNIST":
+        return True
+    print("not checked: the claims are about the script's own runs on all of MNIST")
+    return False
+
+
+def values_that_learn(results: list[Result], key: str) -> list:
+    """The values of `key` with which all seeds reach more than 50 % validation accuracy."""
+    bad = {result.config[key] for result in results if result.history.val_accuracy <= 50}
+    return [result.config[key] for result in results if result.config[key] not in bad]
+
+
+def check_claims(claims: list[tuple[str, bool]], intended: dict[str, str], results: dict[str, list[Result]]) -> None:
+    """Print what a script claims and whether it is so; exit code 1 if something is not. `intended` names the alarm
+    that every run of a name must set off; the runs of all other names must set off none."""
+    for name, seed in [(name, seed) for name, seeds in results.items() for seed in seeds]:
+        wanted, found = intended.get(name), seed.history.health
+        claims = [
+            *claims,
+            (f"{name}, seed {seed.seed}: {wanted or 'no alarm'}", wanted in found if wanted else not found),
+        ]
+    for claim, holds in claims:
+        print(f"{'yes' if holds else 'NO':<4}{claim}")
+    if not all(holds for _, holds in claims):
+        sys.exit("failure not reproduced: see the lines with NO")
+    print("failure reproduced")
+
+
+# ---- Synthetic digits: drawn with a pen, for machines without MNIST --------------------------------------------------
+# Ways to write a digit, as points of a pen's path: two letters are a point, its column and row
+# from a to u in a 21 x 21 grid; "-" lifts the pen. A point named twice in a row is a corner.
+# Points named again are the same point, and move with it.
 SKELETONS = {
-    0: ("kaedbkerkuqrtkqdka nbgbchdpjuprsjpdjbhe jaefdmhtntrmpeja oajceieqjupqrindie"),
+    0: "kaedbkerkuqrtkqdka nbgbchdpjuprsjpdjbhe jaefdmhtntrmpeja oajceieqjupqrindie",
     1: "kakkku lakhknju gflalalklu fflalalklu-euluru",
-    2: (
-        "cfgbmaqeojipcucuktst cfhaobqgmngscsdpiqntts dejapdojhqbtbthsnuts "
-        "bdjaqdnkdudusu eghbnbpglmercuguhrmstu fdkaoemmhsdsdoionsup "
-        "eekapfnmirdtbqfnkqnutt gdlaoekmdsdsirouss ddjbocnhincscshqmruu"
-    ),
-    3: (
-        "ddjapdoiikikpmrqluds dbqbqbijijplqqkucs ceiapdniiknlrpmufubr "
-        "dckapeljgkiimkrplucs ccibobobkfgjgjmjpomtfucr dcoboblgijijnmnqlu "
-        "edlapdkihjmlopkueu"
-    ),
-    4: (
-        "eaclclklsk-obnkmu nacncnkntn-nanknu dachflmkpg-qaoknu dbdiikohqaqaokmu "
-        "kaggclclklsl-mglnku gbeieikjqh-qapkou iadhcmhnsl-ndnmmu"
-    ),
-    5: (
-        "rafbfbejejlhrmoshubr gbfimiqnmtdt-gbmbsa rbjcgimlnqiubs qbhbhbfifilionktds "
-        "sbicicdkdkjiploriudsfp ragdgdekkipjoplu rcfcfcfjfjpkoqdu"
-    ),
-    6: (
-        "oahfdmfsluqqolilep kafiepiuosonjmfq rajgengtnuqpmlgneq gaeiepjuprnmimep "
-        "majhhoitmtnplnip pbicdjerlusqrlmkhojs"
-    ),
-    7: (
-        "ccrbrblkiu cfdbdbrbrbmkju ccrbrblkiu-glqk behbpbrdnkju bffcldraranklu "
-        "ejedjbpcqipoou dgebebkcqbnkku-gllkrk"
-    ),
-    8: (
-        "qdjaeejjpoluerhlogqd kafekjpeka-kjeokuqokj rckafekkopjueqjkqe "
-        "fcegkkppkufqjkpfkafc rbmhhngskunqkkefhanbof pciadfiknhpcmjlpjuhqkk "
-        "obhaeeiimmnrkuiqlkqgte"
-    ),
-    9: (
-        "qekbeefklkqeqepmou qekaefikoiqeqmmtft pdiadfgknipdpdnmku pcjafehjnipcollu "
-        "pdiacfclhnnjpdpdqmqu qbibdffjljqfonlu fadghjnhpbpboknu rcjaeeiipiooiu"
-    ),
+    2: "cfgbmaqeojipcucuktst cfhaobqgmngscsdpiqntts dejapdojhqbtbthsnuts bdjaqdnkdudusu eghbnbpglmercuguhrmstu "
+    "fdkaoemmhsdsdoionsup eekapfnmirdtbqfnkqnutt gdlaoekmdsdsirouss ddjbocnhincscshqmruu",
+    3: "ddjapdoiikikpmrqluds dbqbqbijijplqqkucs ceiapdniiknlrpmufubr dckapeljgkiimkrplucs "
+    "ccibobobkfgjgjmjpomtfucr dcoboblgijijnmnqlu edlapdkihjmlopkueu",
+    4: "eaclclklsk-obnkmu nacncnkntn-nanknu dachflmkpg-qaoknu dbdiikohqaqaokmu kaggclclklsl-mglnku "
+    "gbeieikjqh-qapkou iadhcmhnsl-ndnmmu",
+    5: "rafbfbejejlhrmoshubr gbfimiqnmtdt-gbmbsa rbjcgimlnqiubs qbhbhbfifilionktds sbicicdkdkjiploriudsfp "
+    "ragdgdekkipjoplu rcfcfcfjfjpkoqdu",
+    6: "oahfdmfsluqqolilep kafiepiuosonjmfq rajgengtnuqpmlgneq gaeiepjuprnmimep majhhoitmtnplnip pbicdjerlusqrlmkhojs",
+    7: "ccrbrblkiu cfdbdbrbrbmkju ccrbrblkiu-glqk behbpbrdnkju bffcldraranklu ejedjbpcqipoou dgebebkcqbnkku-gllkrk",
+    8: "qdjaeejjpoluerhlogqd kafekjpeka-kjeokuqokj rckafekkopjueqjkqe fcegkkppkufqjkpfkafc "
+    "rbmhhngskunqkkefhanbof pciadfiknhpcmjlpjuhqkk obhaeeiimmnrkuiqlkqgte",
+    9: "qekbeefklkqeqepmou qekaefikoiqeqmmtft pdiadfgknipdpdnmku pcjafehjnipcollu pdiacfclhnnjpdpdqmqu "
+    "qbibdffjljqfonlu fadghjnhpbpboknu rcjaeeiipiooiu",
 }
 
 
@@ -343,8 +1243,8 @@ SPLINE = torch.tensor([[0, 2, 0, 0], [-1, 0, 1, 0], [2, -5, 4, -1], [-1, 3, -3, 
 
 
 def skeleton_path(text: str) -> tuple[Tensor, Tensor]:
-    """The points (K, 2) of a skeleton and the matrix (P, K) that takes them to P places
-    along its path, at most 0.8 grid units apart."""
+    """The points (K, 2) of a skeleton and the matrix (P, K) that maps them to P places along its
+    path, at most 0.8 grid units apart."""
     grid = "abcdefghijklmnopqrstu"
     strokes = [list(zip(s[::2], s[1::2], strict=True)) for s in text.split("-")]
     names = list(dict.fromkeys(point for stroke in strokes for point in stroke))
@@ -360,7 +1260,7 @@ def skeleton_path(text: str) -> tuple[Tensor, Tensor]:
 
 
 def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw uint8 images (count, 1, 28, 28) and labels (count,); same seed, same bits."""
+    """Draw uint8 images (count, 1, 28, 28) and labels (count,), the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (count,), generator=generator)
     pick = torch.rand(count, generator=generator)
@@ -376,23 +1276,23 @@ def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def draw_skeleton(points: Tensor, path: Tensor, count: int, generator) -> Tensor:
-    """Draw one skeleton as `count` hands would: uint8 (count, 28, 28), framed like
+    """Draw one skeleton `count` times, each differently: uint8 (count, 28, 28), framed like
     MNIST's digits, in a box of 20 pixels with the centre of mass in the middle."""
 
     def normal(*shape, std=1.0, mean=0.0):
         draws = torch.randn(count, *shape, generator=generator)
-        return mean + std * draws.clamp(-2, 2)  # the wildest would be illegible
+        return mean + std * draws.clamp(-2, 2)  # beyond, digits become illegible
 
-    # Hands differ in care, which jitters every point; in habit, which bends the digit
-    # as a whole; and in width, slant and turn.
+    # Handwriting varies in each point (jitter), in the shape as a whole (a smooth polynomial
+    # deformation), and in width, slant and rotation.
     jitter = normal(len(points), 2, std=0.1) * normal(1, 1, std=0.3).exp()
     pen = path @ ((points - 10) / 10 + jitter)
     x, y = pen.unbind(2)
     powers = [x * x, x * y, y * y, x**3, x * x * y, x * y * y, y**3]
     x, y = (pen + torch.stack(powers, 2) @ normal(7, 2, std=0.12)).unbind(2)
     x = x * normal(1, std=0.3).exp() - y * normal(1, std=0.3, mean=0.15)
-    turn = normal(1, std=0.15)
-    x, y = turn.cos() * x - turn.sin() * y, turn.sin() * x + turn.cos() * y
+    angle = normal(1, std=0.15)
+    x, y = angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y
 
     pen, radius = torch.stack([x, y], 2), normal(1, std=0.35, mean=0.15).exp()
     extent = (pen.amax(1) - pen.amin(1)).amax(1, keepdim=True)
@@ -402,980 +1302,13 @@ def draw_skeleton(points: Tensor, path: Tensor, count: int, generator) -> Tensor
     centre = (pen * length.unsqueeze(2)).sum(1) / length.sum(1, keepdim=True)
     pen = pen - centre.unsqueeze(1) + 13.5 + normal(1, 2, std=0.3)
 
-    # Ink by the distance to the path. The sum of exp(-d^2 / 2 s^2) along the path is
-    # ruled by its nearest point, so its logarithm gives the distance; and since the
-    # Gaussian separates into columns and rows, that sum is a product of matrices.
+    # Ink by the distance to the path. The sum of exp(-d^2 / 2 s^2) along the path is dominated
+    # by its nearest point, so its logarithm gives the distance; and since the Gaussian separates
+    # into columns and rows, that sum is a product of matrices.
     s, pixel = 0.7, torch.arange(28.0)
-    columns, rows = (
-        torch.exp(-(((pixel - pen[:, :, i, None]) / s) ** 2) / 2) for i in (0, 1)
-    )
+    columns, rows = (torch.exp(-(((pixel - pen[:, :, i, None]) / s) ** 2) / 2) for i in (0, 1))
     share = (length / (s * math.sqrt(2 * math.pi))).unsqueeze(2)
     density = rows.transpose(1, 2) @ (columns * share)
     distance = (-2 * s * s * density.clamp(min=1e-30).log()).clamp(min=0).sqrt()
     ink = (radius.unsqueeze(2) - distance + 0.5).clamp(0, 1)
     return (255 * ink).to(torch.uint8)
-
-
-# -------------------------------------------------------------------------------------
-# Models: plain chains of layers
-# -------------------------------------------------------------------------------------
-def baseline_cnn(dropout: float = 0.5) -> nn.Sequential:
-    """The baseline: (B, 1, 28, 28) -> logits (B, 10), with 421,642 parameters.
-
-    Max-pool stands before ReLU: the two commute, and ReLU has a quarter of the work.
-    """
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.MaxPool2d(2),  # -> (B, 32, 14, 14)
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.MaxPool2d(2),  # -> (B, 64, 7, 7)
-        nn.ReLU(),
-        nn.Flatten(),  # -> (B, 3136)
-        nn.Linear(3136, 128),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Linear(128, 10),
-    )
-
-
-def advanced_combo_cnn(dropout: float = 0.5) -> nn.Sequential:
-    """AdvancedComboCNN: kernels of 5, 3 and 1, BatchNorm, LeakyReLU and global average
-    pooling in one network; (B, 1, 28, 28) -> logits (B, 10), with 29,386 parameters.
-
-    Convolutions are initialised after He et al. 2015 (arXiv:1502.01852). Max-pool
-    stands before LeakyReLU, with which it commutes.
-    """
-    model = nn.Sequential(
-        nn.Conv2d(1, 32, 5),
-        nn.BatchNorm2d(32),
-        nn.MaxPool2d(2),  # -> (B, 32, 12, 12)
-        nn.LeakyReLU(),
-        nn.Conv2d(32, 64, 3),
-        nn.BatchNorm2d(64),
-        nn.MaxPool2d(2),  # -> (B, 64, 5, 5)
-        nn.LeakyReLU(),
-        nn.Conv2d(64, 128, 1),
-        nn.BatchNorm2d(128),
-        nn.LeakyReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),  # -> (B, 128)
-        nn.Dropout(dropout),
-        nn.Linear(128, 10),
-    )
-    for layer in model:
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, a=0.01, nonlinearity="leaky_relu")
-    return model
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of trainable scalars."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def layer_table(model: nn.Module) -> list[tuple[str, tuple[int, ...], int]]:
-    """(layer, output shape without the batch, parameters) in the order of the forward
-    pass, for a model on the CPU."""
-    rows, hooks = [], []
-
-    def note(module, _, output):
-        shape = tuple(output.shape[1:])
-        rows.append((type(module).__name__, shape, count_parameters(module)))
-
-    for module in model.modules():
-        if not list(module.children()):
-            hooks.append(module.register_forward_hook(note))
-    predict(model, torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
-    for hook in hooks:
-        hook.remove()
-    return rows
-
-
-def print_layers(model: nn.Module) -> None:
-    """Print the layer table with its total."""
-    print(f"{'layer':<18} {'output shape':<14} {'parameters':>10}")
-    for name, shape, parameters in layer_table(model):
-        print(f"{name:<18} {' x '.join(map(str, shape)):<14} {parameters:>10,}")
-    print(f"{'total':<33} {count_parameters(model):>10,}\n")
-
-
-# -------------------------------------------------------------------------------------
-# Training and evaluation
-# -------------------------------------------------------------------------------------
-EVAL_BATCH = 250  # whose activations stay near the caches; 1,000 ran half as fast
-CHECKS = 20  # times an epoch that the loss is read back: for the bar, and to stop
-
-
-class Score(NamedTuple):
-    """Mean cross-entropy in nats and accuracy in percent."""
-
-    loss: float
-    accuracy: float
-
-
-@torch.inference_mode()
-def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """uint8 images (N, 1, 28, 28) -> logits (N, 10), in evaluation mode and fp32."""
-    training = model.training
-    model.eval()
-    logits = [model(normalize(part)) for part in images.split(EVAL_BATCH)]
-    model.train(training)
-    return torch.cat(logits)
-
-
-def score(logits: Tensor, labels: Tensor) -> Score:
-    """Logits (N, 10), labels (N,) -> Score: sums over all images, divided once by N."""
-    loss = F.cross_entropy(logits, labels, reduction="sum").item() / len(labels)
-    return Score(loss, 100 * (logits.argmax(1) == labels).sum().item() / len(labels))
-
-
-def evaluate(model: nn.Module, split: Split) -> Score:
-    """Score of `model` on `split`; touches neither the model nor any random state."""
-    return score(predict(model, split.images), split.labels)
-
-
-@dataclass
-class History:
-    """What `fit` saw: a row for each finished epoch, the loss of each step, the end,
-    and what `check_health` found wrong with it."""
-
-    config: dict
-    seed: int = 0
-    rows: list[dict] = field(default_factory=list)
-    step_losses: list[float] = field(default_factory=list)
-    best_epoch: int = 0
-    diverged: bool = False
-    health: list[str] = field(default_factory=list)
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during `fit`; `history` holds the epochs that were finished."""
-
-    def __init__(self, history: History):
-        self.history = history
-
-
-def fit(
-    model: nn.Module,
-    train: Split,
-    val: Split,
-    optimizer: torch.optim.Optimizer,
-    *,
-    epochs: int,
-    batch_size: int,
-    seed: int = 0,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
-    patience: int | None = None,
-    precision: str = "fp32",
-    checkpoint: Path | None = None,
-    resume: bool = False,
-) -> History:
-    """Train `model` in place and leave in it the weights of its best validation epoch:
-    the highest accuracy and, among equals, the lowest loss.
-
-    seed        of the batch order, which no dropout and no evaluation can shift
-    scheduler   stepped after every batch
-    augment     (images float (B, 1, 28, 28) of 0-255, generator) -> images
-    patience    epochs without a better one after which training stops; None: never
-    precision   "bf16" puts the model's pass under autocast; weights, loss and
-                evaluation stay fp32
-    checkpoint  file written before the first and after every epoch; with `resume`,
-                training continues from it to the bits of a run that never stopped
-
-    A loss that is not finite ends the training, as `diverged`. Ctrl-C: Interrupted.
-    """
-    device, count = train.labels.device, len(train.labels)
-    steps = math.ceil(count / batch_size)
-    order = torch.Generator().manual_seed(seed)
-    noise = torch.Generator(device).manual_seed(seed)
-    change = augment and (lambda images: augment(images, noise))
-    # Dropout draws from the device's own generator, which the caller has seeded.
-    rng = torch.random if device.type == "cpu" else torch.get_device_module(device)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    parts = {name: part for name, part in parts.items() if part is not None}
-
-    config = {"images": count, "batch_size": batch_size, "epochs": epochs}
-    config |= {"patience": patience}
-    config |= {"precision": precision, "augment": getattr(augment, "keywords", None)}
-    config |= {"optimizer": type(optimizer).__name__}
-    for key in ("lr", "momentum", "nesterov", "weight_decay"):
-        if optimizer.defaults.get(key):
-            config[key] = optimizer.defaults[key]
-    if scheduler:
-        public = {k: v for k, v in scheduler.state_dict().items() if v and k[0] != "_"}
-        config["scheduler"] = {"name": type(scheduler).__name__} | public
-    history, best = History(config, seed), copy.deepcopy(model.state_dict())
-    identity = config | {"seed": seed, "network": repr(model)}
-    identity |= {"data": zlib.crc32(train.images.cpu().contiguous().numpy())}
-
-    def save():
-        if checkpoint:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"order": order.get_state(), "noise": noise.get_state()}
-            state |= {"rng": rng.get_rng_state()}
-            state |= {"identity": identity, "best": best, "history": asdict(history)}
-            torch.save(state, buffer := io.BytesIO())
-            write_file(checkpoint, buffer.getvalue())
-
-    if resume:
-        state = load_checkpoint(checkpoint, identity)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        order.set_state(state["order"])
-        noise.set_state(state["noise"])
-        rng.set_rng_state(state["rng"])
-        best = state["best"]
-        history = History(**state["history"] | {"config": config, "seed": seed})
-    else:
-        save()
-
-    first, started = len(history.rows) + 1, time.perf_counter()
-    bar = tqdm(total=(epochs + 1 - first) * steps, disable=None, leave=False)
-    try:
-        for epoch in range(first, epochs + 1):
-            waited = epoch - 1 - history.best_epoch
-            if history.diverged or (patience and waited >= patience):
-                break
-            clock, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
-            losses = torch.zeros(steps, device=device)
-            total = correct = seen = 0
-            model.train()
-            epoch_batches = batches(train, batch_size, order, change)
-            for step, (images, labels) in enumerate(epoch_batches):
-                with torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
-                    logits = model(images)
-                # In fp32: a loss computed in bf16 would have three digits.
-                loss = F.cross_entropy(logits.float(), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                if scheduler:
-                    scheduler.step()
-                losses[step] = loss.detach()
-                total += loss.detach() * len(labels)
-                correct += (logits.argmax(1) == labels).sum()
-                seen += len(labels)
-                if step % math.ceil(steps / CHECKS) == 0 or seen == count:
-                    mean = total.item() / seen
-                    if not math.isfinite(mean):
-                        history.diverged = True
-                        break
-                    accuracy = f"{100 * correct.item() / seen:.2f}"
-                    bar.set_postfix(
-                        loss=f"{mean:.4f}", accuracy=accuracy, lr=f"{lr:.2g}"
-                    )
-                    bar.update((epoch - first) * steps + step + 1 - bar.n)
-            now = evaluate(model, val)
-            row = {"epoch": epoch, "train_loss": total.item() / seen}
-            row |= {"train_accuracy": 100 * correct.item() / seen}
-            row |= {"val_loss": now.loss, "val_accuracy": now.accuracy, "lr": lr}
-            history.rows.append(row | {"seconds": time.perf_counter() - clock})
-            history.step_losses += losses[: step + 1].tolist()
-            merit = [(r["val_accuracy"], -r["val_loss"]) for r in history.rows]
-            if epoch == 1 or merit[-1] > merit[history.best_epoch - 1]:
-                history.best_epoch, best = epoch, copy.deepcopy(model.state_dict())
-            save()
-            pace = (time.perf_counter() - started) / (epoch + 1 - first)
-            tqdm.write(epoch_line(history, epochs, left=pace * (epochs - epoch)))
-    except KeyboardInterrupt:
-        raise Interrupted(history) from None
-    finally:
-        bar.close()
-    history.health = check_health(model, history, train)  # of the last weights
-    model.load_state_dict(best)
-    return history
-
-
-def epoch_line(history: History, epochs: int, left: float) -> str:
-    """The last epoch as a line of the log; `left`: seconds to the last epoch's end."""
-    row = history.rows[-1]
-    line = f"epoch {row['epoch']:>3}/{epochs}"
-    for part in ("train", "val"):
-        loss, accuracy = row[f"{part}_loss"], row[f"{part}_accuracy"]
-        line += f"   {part} loss {loss:.4f} accuracy {accuracy:6.2f} %"
-    line += f"   lr {row['lr']:.2g}   {row['seconds']:.1f} s, {left:.0f} s left"
-    end = "   best" * (history.best_epoch == row["epoch"])
-    return line + (end if not history.diverged else "   DIVERGED")
-
-
-def run_settings(options, label: str, seed: int) -> dict:
-    """What `fit` takes from the command line for a run: seed, precision and, of scripts
-    that can resume, checkpoint <stem>_<label>_seed<seed>.pt and whether to continue."""
-    settings = {"seed": seed, "precision": options.precision}
-    if not options.resumable:
-        return settings
-    path = checkpoint_path(options, label, seed)
-    resume = options.resume and path.exists()  # later runs had not begun
-    return settings | {"checkpoint": path, "resume": resume}
-
-
-def checkpoint_path(options, label: str, seed: int) -> Path:
-    name = f"{options.stem.name}_{slug(label)}_seed{seed}.pt"
-    return options.stem.with_name(name)
-
-
-def load_checkpoint(path: Path, identity: dict) -> dict:
-    """The state that `fit` saved in `path` for the run that `identity` describes."""
-    broken = (
-        OSError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        KeyError,
-        TypeError,
-    )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["identity"]
-    except FileNotFoundError:
-        sys.exit(f"cannot resume: there is no {path}; run without --resume")
-    except broken:
-        sys.exit(f"cannot resume: {path} is truncated or not a checkpoint of ours")
-    for key, now in identity.items():
-        if saved.get(key) != now:
-            change = " ".join(f"{key} was {saved.get(key)}, is {now}".split())
-            sys.exit(f"cannot resume: {path} is of another configuration: {change}")
-    return state
-
-
-class Run(NamedTuple):
-    """A training that ended: the model with its best weights; its scores, which are an
-    entry of the results file; and its logits (N, 10) for the test images."""
-
-    model: nn.Module
-    history: History
-    scores: dict
-    test_logits: Tensor
-
-
-def train_all(train, labels, digits: Digits, options) -> dict[str, list[Run]]:
-    """`train(digits, options, label, seed) -> (model, History)` for each label and seed.
-
-    Only here is the test split read, once for each run, after its weights are chosen.
-    Ctrl-C writes log and curves of the epochs so far and ends the program with 130.
-    With `options.resume`, runs that were finished are not trained again.
-    """
-    paths = [
-        checkpoint_path(options, label, s) for label in labels for s in options.seeds
-    ]
-    if options.resume and not any(path.exists() for path in paths):
-        sys.exit(f"cannot resume: there is no {paths[0]}; run without --resume")
-    if not options.resume:
-        for path in paths:  # what an older run left is no part of this one
-            path.unlink(missing_ok=True)
-    runs, histories = {label: [] for label in labels}, {}
-    try:
-        for label in labels:
-            for seed in options.seeds:
-                print(f"{label}, seed {seed}, {digits.source}:", flush=True)
-                model, history = train(digits, options, label, seed)
-                histories.setdefault(label, []).append(history)
-                run = conclude(model, history, seed, digits)
-                runs[label].append(run)
-                for goal in (99, 99.4):
-                    print(f"{goal} % validation accuracy: {first_epoch(history, goal)}")
-                print(f"test accuracy {run.scores['test_accuracy']:.2f} %\n")
-    except KeyboardInterrupt as stop:
-        if isinstance(stop, Interrupted) and stop.history.rows:
-            histories.setdefault(label, []).append(stop.history)
-        if histories:
-            write_log(histories, options)
-            plot_curves(histories, "Interrupted: the epochs so far", digits, options)
-        print(f"interrupted; what there is lies in {options.stem.parent}", flush=True)
-        sys.exit(130)
-    return runs
-
-
-def conclude(model: nn.Module, history: History, seed: int, digits: Digits) -> Run:
-    """Score the final weights on all three splits."""
-    logits, labels = predict(model, digits.test.images), digits.test.labels
-    test = score(logits, labels)
-    scores = {
-        "seed": seed,
-        "test_accuracy": test.accuracy,
-        "test_loss": test.loss,
-        "val_accuracy": evaluate(model, digits.val).accuracy,
-        "train_accuracy": evaluate(model, digits.train).accuracy,
-        "epochs": len(history.rows),
-        "best_epoch": history.best_epoch,
-        "seconds": sum(row["seconds"] for row in history.rows),
-        "health": history.health,
-        "most_confused": most_confused(count_confusions(logits, labels)),
-    }
-    return Run(model, history, scores, logits)
-
-
-def test_accuracies(runs: dict[str, list[Run]]) -> dict[str, list[float]]:
-    """The test accuracies of all runs, by label."""
-    return {
-        label: [run.scores["test_accuracy"] for run in seeds]
-        for label, seeds in runs.items()
-    }
-
-
-SWEEP_IMAGES = 5_000  # an epoch over these tells what trains from what does not
-
-
-def sweep(build, settings: list[dict], digits: Digits, options) -> list[dict]:
-    """Train `build(options, seed, **setting) -> (model, optimizer)` for an epoch on the
-    first SWEEP_IMAGES, for each setting and seed. Returns, and writes to
-    <stem>_sweep.csv, a row for each: its setting, seed and validation accuracy."""
-    part, rows = first(digits.train, SWEEP_IMAGES), []
-    how = {"epochs": 1, "batch_size": options.batch_size}
-    how |= {"precision": options.precision}
-    try:
-        for setting, seed in itertools.product(settings, options.seeds):
-            row = setting | {"seed": seed}
-            print("sweep:", ", ".join(f"{key} {value}" for key, value in row.items()))
-            model, optimizer = build(options, seed, **setting)
-            history = fit(model, part, digits.val, optimizer, seed=seed, **how)
-            rows.append(row | {"accuracy": history.rows[-1]["val_accuracy"]})
-    except KeyboardInterrupt:
-        print("interrupted in the sweep; the runs before it are recorded", flush=True)
-        sys.exit(130)
-    write_csv(f"{options.stem}_sweep.csv", rows)
-    return rows
-
-
-def values_that_learn(rows: list[dict], knob: str) -> list:
-    """The values of `knob` with which all seeds of a sweep read more than 50 %."""
-    bad = {row[knob] for row in rows if row["accuracy"] <= 50}
-    return [row[knob] for row in rows if row[knob] not in bad]
-
-
-def first_epoch(history: History, goal: float) -> str:
-    """When the validation accuracy first reached `goal` percent, in words."""
-    epochs = [r["epoch"] for r in history.rows if r["val_accuracy"] >= goal]
-    return f"first in epoch {epochs[0]}" if epochs else "never"
-
-
-def best_run(seeds: list[Run]) -> Run:
-    """Of several seeds the one that validates best, for what shows a single network."""
-    return max(seeds, key=lambda run: run.scores["val_accuracy"])
-
-
-def histories_of(runs: dict[str, list[Run]]) -> dict[str, list[History]]:
-    """The histories of all runs, for the log and the curves."""
-    return {label: [run.history for run in seeds] for label, seeds in runs.items()}
-
-
-# -------------------------------------------------------------------------------------
-# Health checks: what is wrong with a training that ended
-# -------------------------------------------------------------------------------------
-ALARMS = (
-    "diverged",
-    "not learning",
-    "oscillating",
-    "exploding gradients",
-    "vanishing gradients",
-    "dead ReLUs",
-    "symmetric units",
-    "overfitting",
-)
-PROBE = 500  # training images on which gradients and ReLUs are looked at
-WINDOWS = 20  # parts of a training, over which the loss of the steps is averaged
-
-
-def check_health(model: nn.Module, history: History, train: Split) -> list[str]:
-    """The names of the `ALARMS` that a training which just ended sets off.
-
-    The loss alone names no cause: ln 10 = 2.30, the loss of guessing, is where healthy
-    networks begin and where dead and symmetric ones end.
-    """
-    if history.diverged:
-        return ["diverged"]
-    probe, rows = first(train, PROBE), history.rows
-    guessing = 100 * train.labels.bincount().max().item() / len(train.labels)
-    gradients = gradient_sizes(model, probe)
-    fewest = min(distinct_units(w) / len(w) for w in weights_of(model))
-    steps = torch.tensor(history.step_losses).tensor_split(WINDOWS)
-    means = torch.stack([part.mean() for part in steps if len(part)])
-    rise = (means - means.cummin(0).values).max().item()
-    last = rows[-1]
-    gap = last["train_accuracy"] - last["val_accuracy"]
-    # Beside each: the farthest that the recorded runs went, healthy ones and broken.
-    alarms = {
-        "not learning": last["train_accuracy"] < 2 * guessing,  # 8 times; 1 time
-        "oscillating": rise > 0.5,  # 0.01; 2.1, of a trial
-        "exploding gradients": not max(gradients) < 1,  # 0.03; 1e5, of a trial
-        "vanishing gradients": min(gradients) <= 1e-4 * max(gradients),  # 0.02; 0
-        "dead ReLUs": max(dead_relus(model, probe.images), default=0) > 0.9,  # 0.66; 1
-        "symmetric units": fewest < 0.5,  # 1; 0.01
-        # 25 times the loss with a gap of 0.7 points; 36 times with one of 3.6
-        "overfitting": last["val_loss"] > 10 * last["train_loss"] and gap > 1,
-    }
-    return [name for name, alarm in alarms.items() if alarm]
-
-
-def weights_of(model: nn.Module) -> list[Tensor]:
-    """The weights of the layers, from the first to the last, with a row for each unit;
-    no biases, nothing of BatchNorm's."""
-    return [p for p in model.parameters() if p.dim() > 1]
-
-
-def gradient_sizes(model: nn.Module, split: Split) -> list[float]:
-    """Root mean square of the gradient of the loss on `split` by each layer's weights,
-    in evaluation mode: neither dropout nor BatchNorm's averages are touched."""
-    training = model.training
-    model.eval()
-    loss = F.cross_entropy(model(normalize(split.images)), split.labels)
-    gradients = torch.autograd.grad(loss, weights_of(model))
-    model.train(training)
-    return [gradient.square().mean().sqrt().item() for gradient in gradients]
-
-
-@torch.inference_mode()
-def dead_relus(model: nn.Module, images: Tensor) -> list[float]:
-    """For each ReLU layer, the share of its units (channels) that stay 0 everywhere in
-    all of `images`, uint8 (N, 1, 28, 28), N not too many to go through at once."""
-    shares, training = [], model.training
-
-    def note(_, __, output):
-        peaks = output.transpose(0, 1).flatten(1).amax(1)
-        shares.append((peaks <= 0).float().mean().item())
-
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.ReLU)]
-    hooks = [layer.register_forward_hook(note) for layer in layers]
-    model.eval()(normalize(images))
-    model.train(training)
-    for hook in hooks:
-        hook.remove()
-    return shares
-
-
-def distinct_units(weight: Tensor) -> int:
-    """How many rows of a layer's weights differ from every row before them by more than
-    a thousandth of the longer one's length."""
-    rows = weight.detach().flatten(1).double()
-    lengths = rows.norm(dim=1)
-    same = torch.cdist(rows, rows) <= 1e-3 * torch.maximum(lengths, lengths[:, None])
-    return int((~same.tril(-1).any(1)).sum())
-
-
-# -------------------------------------------------------------------------------------
-# Plots: each function writes one PNG, <stem>_<what>.png
-# -------------------------------------------------------------------------------------
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-MARKERS = "osD^vPX"
-
-
-def save_figure(figure: Figure, what: str, title: str, digits: Digits, options) -> None:
-    """Title the figure, saying so if its data are not MNIST, and write it."""
-    mark = "" if digits.source == "MNIST" else f"[{digits.source}] "
-    figure.suptitle(mark + title, fontweight="bold")
-    figure.savefig(buffer := io.BytesIO(), format="png", dpi=110)
-    write_file(f"{options.stem}_{what}.png", buffer.getvalue())
-
-
-def error_of(accuracy: float) -> float:
-    """What stands for an accuracy on an `accuracy_axis`."""
-    return max(100 - accuracy, 0.01)
-
-
-def logarithmic_axis(axes, written, which: str = "y") -> None:
-    """A logarithmic axis with few ticks, the text of each by `written(value)`, for what
-    is already drawn."""
-    getattr(axes, f"set_{which}scale")("log")
-    low, high = getattr(axes, f"get_{which}lim")()
-    digits = range(1, 10) if high < 8 * low else (1, 2, 5)
-    ticks = [digit * 10**power for power in range(-5, 4) for digit in digits]
-    axis = getattr(axes, f"{which}axis")
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{written(value):g}"))
-    axis.set_major_locator(FixedLocator(ticks))
-    axis.set_minor_locator(NullLocator())
-
-
-def accuracy_axis(axes, which: str = "y") -> None:
-    """Space accuracies by the logarithm of the error: 10 % and 99.5 % both can be read."""
-    logarithmic_axis(axes, lambda error: 100 - error, which)
-    getattr(axes, f"invert_{which}axis")()
-
-
-def plot_curves(
-    histories: dict, title: str, digits: Digits, options, what: str = "curves"
-) -> None:
-    """Loss and accuracy by epoch, as the mean over the seeds that still train and the
-    band from the least to the greatest. A single label has a colour each for training
-    and validation; several have one each, with training dashed.
-    """
-    single = len(histories) == 1
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        ends = []
-        for i, (label, seeds) in enumerate(histories.items()):
-            for part, name in (("train", "training"), ("val", "validation")):
-                color = COLORS[part == "train" if single else i]
-                style = "--" if part == "train" and not single else "-"
-                lines = [[row[f"{part}_{quantity}"] for row in h.rows] for h in seeds]
-                if quantity == "accuracy":
-                    lines = [[error_of(y) for y in line] for line in lines]
-                columns = [  # of the seeds that still train in an epoch
-                    [y for y in column if y is not None]
-                    for column in itertools.zip_longest(*lines)
-                ]
-                epochs = range(1, len(columns) + 1)
-                mean = [statistics.fmean(column) for column in columns]
-                axes.plot(epochs, mean, style, color=color, lw=2)
-                band = [f(column) for column in columns for f in (min, max)]
-                axes.fill_between(
-                    epochs, band[::2], band[1::2], color=color, alpha=0.15, lw=0
-                )
-                if part == "val":
-                    for line, history in zip(lines, seeds, strict=True):
-                        best, look = history.best_epoch, {"fillstyle": "none"}
-                        look |= {"marker": MARKERS[i], "color": color}
-                        axes.plot(best, line[best - 1], **look)
-                if single or part == "val":
-                    ends.append((len(mean), mean[-1], name if single else label, color))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        if quantity == "accuracy":
-            accuracy_axis(axes)
-            axes.set(xlabel="epoch", ylabel="accuracy (%)")
-        else:
-            logarithmic_axis(axes, lambda loss: loss)
-            axes.set(xlabel="epoch", ylabel="loss (cross-entropy, nats)")
-        label_ends(axes, ends)
-    note = "open markers: the epoch whose weights were kept"
-    figure.supxlabel(note + "; dashed: training" * (not single), fontsize=9)
-    save_figure(figure, what, title, digits, options)
-
-
-def plot_sweep(
-    lines: dict, knob: str, name: str, title, digits, options, what: str = "sweep"
-) -> None:
-    """Validation accuracy against the `knob` of a sweep, on a logarithmic axis: for each
-    label rows with the knob, seed and "accuracy"; a line of means, points for seeds."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes, ends = figure.subplots(), []
-    for i, (label, rows) in enumerate(lines.items()):
-        color, points = COLORS[i], {}
-        for row in rows:
-            points.setdefault(row[knob], []).append(error_of(row["accuracy"]))
-        means = [statistics.fmean(values) for values in points.values()]
-        axes.plot(list(points), means, color=color)
-        for value, errors in points.items():
-            look = {"color": color, "marker": MARKERS[i], "fillstyle": "none"}
-            axes.plot([value] * len(errors), errors, ls="", **look)
-        ends.append((list(points)[-1], means[-1], label, color))
-    accuracy_axis(axes)
-    axes.set(xscale="log", xlabel=name, ylabel="validation accuracy (%)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    label_ends(axes, ends)
-    save_figure(figure, what, title, digits, options)
-
-
-def label_ends(axes, ends: list[tuple]) -> None:
-    """Write (x, y, text, colour) right of the ends of lines, each clear of the next."""
-    heights = [axes.transData.transform(end[:2])[1] for end in ends]  # in pixels
-    free = -math.inf
-    for height, (x, y, text, color) in sorted(zip(heights, ends, strict=True)):
-        text = text.replace(" ", "\xa0").replace(",\xa0", ", ")  # break after commas
-        text = textwrap.fill(text, 30)
-        half = 9 * (1 + text.count("\n"))
-        middle = max(height, free + half)
-        free = middle + half
-        place = {"textcoords": "offset pixels", "va": "center", "color": color}
-        place |= {"path_effects": [withStroke(linewidth=3, foreground="white")]}
-        axes.annotate(text, (x, y), (10, middle - height), **place)
-
-
-def count_confusions(logits: Tensor, labels: Tensor) -> Tensor:
-    """(10, 10) int64: how often the row's digit was read as the column's."""
-    pairs = 10 * labels + logits.argmax(1)
-    return torch.bincount(pairs, minlength=100).view(10, 10).cpu()
-
-
-def most_confused(counts: Tensor, most: int = 5) -> list[dict]:
-    """The most frequent mistakes in a confusion matrix, the worst first."""
-    wrong = counts.clone().fill_diagonal_(0).flatten()
-    ranked = wrong.argsort(descending=True, stable=True)[:most].tolist()
-    pairs = ((divmod(i, 10), wrong[i].item()) for i in ranked)
-    return [{"true": t, "predicted": p, "count": n} for (t, p), n in pairs if n]
-
-
-def plot_confusion(run: Run, digits: Digits, options, what: str = "confusion") -> None:
-    """Confusion matrix; colour is for the mistakes, which the diagonal would drown."""
-    figure = Figure(figsize=(7, 6.5), layout="constrained")
-    axes = figure.subplots()
-    counts = count_confusions(run.test_logits, digits.test.labels)
-    wrong = counts.clone().fill_diagonal_(0)
-    axes.imshow(wrong.numpy(), cmap="Oranges", vmax=max(1, 1.5 * wrong.max().item()))
-    for i, count in enumerate(counts.flatten().tolist()):
-        true, predicted = divmod(i, 10)
-        color = "0.55" if true == predicted else "black"
-        axes.text(predicted, true, count or "", ha="center", va="center", color=color)
-    axes.set(xlabel="predicted digit", ylabel="true digit")
-    axes.set(xticks=range(10), yticks=range(10))
-    title = f"{wrong.sum()} of {len(digits.test.labels):,} test digits are misread"
-    if pairs := run.scores["most_confused"]:
-        worst = "{true} as {predicted} ({count}x)".format(**pairs[0])
-        title += f", most often {worst}"
-    save_figure(figure, what, title, digits, options)
-
-
-def plot_runs(runs: dict[str, list[Run]], title: str, digits: Digits, options) -> None:
-    """The curves of all runs, and the confusion matrix of the best of each label."""
-    plot_curves(histories_of(runs), title, digits, options)
-    plot_confusions(runs, digits, options)
-
-
-def plot_recipes(runs: dict[str, list[Run]], digits: Digits, options) -> None:
-    """The same, with curves of their own for the labels that end in "improved"."""
-    parts = {"curves": ("Published", {}), "curves_improved": ("Improved", {})}
-    for label, seeds in runs.items():
-        what = "curves_improved" if label.endswith("improved") else "curves"
-        parts[what][1][label] = seeds
-    for what, (recipes, part) in parts.items():
-        means = [
-            f"{label.removesuffix(' improved')} {statistics.fmean(values):.2f} %"
-            for label, values in test_accuracies(part).items()
-        ]
-        title = f"{recipes} recipes, mean test accuracy: {', '.join(means)}"
-        plot_curves(histories_of(part), title, digits, options, what)
-    plot_confusions(runs, digits, options)
-
-
-def plot_confusions(runs: dict[str, list[Run]], digits: Digits, options) -> None:
-    """The confusion matrix of the best run of each label."""
-    for label, seeds in runs.items():
-        what = "confusion" if len(runs) == 1 else f"confusion_{slug(label)}"
-        plot_confusion(best_run(seeds), digits, options, what)
-
-
-def draw_images(axes, images: Tensor, columns: int, captions: list[str] = ()) -> None:
-    """Images (N, 1, 28, 28) in rows of `columns`, dark on light as on paper; captions
-    of two short lines stand above them."""
-    top, rows = 14 if captions else 2, max(1, math.ceil(len(images) / columns))
-    blank = rows * columns - len(images)
-    tiles = F.pad(images.cpu(), (2, 2, top, 2, 0, 0, 0, blank))
-    tiles = tiles.view(rows, columns, 30 + top, 32).transpose(1, 2).flatten(2)
-    axes.imshow(tiles.flatten(0, 1).numpy(), cmap="gray_r", vmin=0, vmax=255)
-    for i, caption in enumerate(captions):
-        x, y = 32 * (i % columns) + 16, (30 + top) * (i // columns) + top
-        axes.text(x, y, caption, ha="center", va="bottom", fontsize=9)
-    axes.axis("off")
-
-
-# -------------------------------------------------------------------------------------
-# Reports and command line
-# -------------------------------------------------------------------------------------
-def mean_std(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (None for a single value)."""
-    return statistics.fmean(values), statistics.stdev(values) if values[1:] else None
-
-
-def describe(scores: list[dict]) -> str:
-    """Test accuracy of the seeds as "99.27 ± 0.05 % (5 seeds)" or "99.27 % (1 seed)"."""
-    mean, std = mean_std([seed["test_accuracy"] for seed in scores])
-    if std is None:
-        return f"{mean:.2f} % (1 seed)"
-    return f"{mean:.2f} ± {std:.2f} % ({len(scores)} seeds)"
-
-
-def slug(label: str) -> str:
-    """A label as a part of a file's name."""
-    return label.replace(" ", "-")
-
-
-def write_log(histories: dict[str, list[History]], options) -> None:
-    """<stem>.csv: a row for each run and epoch."""
-    rows = [
-        {"run": label, "seed": history.seed} | row
-        for label, seeds in histories.items()
-        for history in seeds
-        for row in history.rows
-    ]
-    write_csv(f"{options.stem}.csv", rows)
-
-
-def write_csv(path: Path | str, rows: list[dict]) -> None:
-    """A table with the keys of the first row as its header; floats have six digits."""
-    writer = csv.DictWriter(file := io.StringIO(), rows[0], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        floats = {k: f"{v:.6g}" for k, v in row.items() if isinstance(v, float)}
-        writer.writerow(row | floats)
-    write_file(path, file.getvalue().encode())
-
-
-def report(runs: dict[str, list[Run]], digits: Digits, options, broken=()) -> None:
-    """Write <stem>.csv and <stem>.json; print a line for each label, with the alarms
-    that its runs set off, and one for the recorded baseline, to compare with.
-
-    A run that diverged ends the program with exit code 1, after all is written, unless
-    its label is among those `broken` on purpose.
-    """
-    write_log(histories_of(runs), options)
-    parts = zip(Digits._fields, digits[:3], strict=False)
-    results = {
-        "script": options.script,
-        "data": {"source": digits.source} | {name: len(p.labels) for name, p in parts},
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "device": options.device.type,
-            "threads": torch.get_num_threads(),
-            "precision": options.precision,
-        },
-        "runs": {},
-    }
-    for label, seeds in runs.items():
-        mean, std = mean_std([run.scores["test_accuracy"] for run in seeds])
-        results["runs"][label] = {
-            "parameters": count_parameters(seeds[0].model),
-            "config": seeds[0].history.config,
-            "seeds": [run.scores for run in seeds],
-            "mean": mean,
-            "std": std,
-        }
-    text = json.dumps(results)  # which has no word for what is not finite: it is null
-    four, null = (lambda number: round(float(number), 4)), (lambda _: None)
-    text = json.dumps(json.loads(text, parse_float=four, parse_constant=null), indent=1)
-    write_file(f"{options.stem}.json", f"{text}\n".encode())
-
-    shown, recorded = results["runs"], ROOT / "q1_baseline.json"
-    if options.script != "q1_baseline.py" and recorded.exists():
-        baseline = json.loads(recorded.read_text())
-        if baseline["data"] == results["data"]:
-            shown = {"(Q1 baseline)": baseline["runs"]["baseline"]} | shown
-    width = max(map(len, shown))
-    print(
-        f"{digits.source}\n{'run':<{width}}  parameters   {'test accuracy':<27}health"
-    )
-    for label, run in shown.items():
-        line = (
-            f"{label:<{width}}{run['parameters']:>12,}   {describe(run['seeds']):<27}"
-        )
-        alarms = Counter(name for seed in run["seeds"] for name in seed["health"])
-        alarms = [f"{name} ({count}x)" for name, count in alarms.items()]
-        print(line + (", ".join(alarms) or "no alarm"))
-    print(f"log, results and plots: {options.stem}*")
-    for label, seeds in histories_of(runs).items():
-        if label not in broken and any(history.diverged for history in seeds):
-            sys.exit(f"training diverged: {label}; a lower --lr may help")
-
-
-def check_claims(
-    claims: list[tuple[str, bool]], intended: dict[str, str], runs, digits, options
-) -> None:
-    """Print what a script claims and whether it came out so; exit code 1 if not.
-
-    `intended` names the alarm that every run of a label must set off; the runs of all
-    other labels must set off none. All this is claimed of the recipe on the whole of
-    MNIST; of other data or recipes it is not checked.
-    """
-    for label, seeds in runs.items():
-        for run in seeds:
-            wanted, found = intended.get(label), run.scores["health"]
-            right = wanted in found if wanted else not found
-            claim = f"{label}, seed {run.scores['seed']}: {wanted or 'no alarm'}"
-            claims = [*claims, (claim, right)]
-    changed = digits.source != "MNIST" or options.limit or options.recipe_changed
-    for claim, right in claims:
-        print(f"{'yes' if right else 'NO':<4}{claim}")
-    if changed:
-        print("not checked: the claims are about the recipe on the whole of MNIST")
-    elif not all(right for _, right in claims):
-        sys.exit("failure not reproduced: see the lines with NO")
-    else:
-        print("failure reproduced")
-
-
-def whole(least: int):
-    """A parser for argparse of whole numbers of at least `least`."""
-
-    def parse(text):
-        if text.isascii() and text.isdigit() and int(text) >= least:
-            return int(text)
-        message = f"{text!r} is not a whole number of at least {least}"
-        raise argparse.ArgumentTypeError(message)
-
-    return parse
-
-
-def positive(text: str) -> float:
-    """A parser for argparse of finite numbers above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if 0 < value < math.inf:
-        return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-
-
-def parse_options(
-    script, doc, argv=None, *, recipe=None, networks=(), resumable=True, more=None
-):
-    """The command line of the script in the file `script`. The defaults are those of
-    its `recipe` (epochs, batch_size, lr, seeds), or None for what each of its runs has
-    its own. `more` adds to the parser what only this script has.
-
-    Returns a namespace: epochs, batch_size, lr, seeds (a list), device (torch.device),
-    precision ("fp32" or "bf16"), data, data_dir, limit, resume, networks (a list),
-    script (its path in the project), stem (what its outputs begin with), resumable, and
-    recipe_changed: whether epochs, batch_size or lr are not the recipe's. A bad value
-    is one line, exit code 2.
-    """
-    script = Path(script).resolve()
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=layout)
-    parser.error = lambda message: parser.exit(2, f"{script.name}: {message}\n")
-    add, recipe = parser.add_argument, recipe or {}
-    shown = dict.fromkeys(("epochs", "batch_size", "lr"), "each run's own") | recipe
-    add("--epochs", type=whole(1), help="at most ({epochs})".format(**shown))
-    add("--batch-size", type=whole(1), help="({batch_size})".format(**shown))
-    add("--lr", type=positive, help="learning rate ({lr})".format(**shown))
-    parser.set_defaults(**recipe)
-    seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=whole(0), metavar="K", help="run K only")
-    count = recipe.get("seeds", 1)
-    seeds.add_argument(
-        "--seeds", type=whole(1), metavar="N", help=f"run 0, 1, .. N-1 ({count})"
-    )
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto")
-    add("--data", choices=["auto", "mnist", "synthetic"], default="auto")
-    data_dir = os.environ.get("MNIST_DIR") or ROOT / "data"
-    add("--data-dir", type=Path, default=data_dir, help="(MNIST_DIR, or data/)")
-    add("--out-dir", type=Path, default=script.parent, help="(beside the script)")
-    add("--limit", type=whole(1), metavar="N", help="train on the first N images")
-    if networks:
-        add("--only", choices=networks, help="train one network")
-    if more:
-        more(parser)
-    if resumable:
-        add("--resume", action="store_true", help="continue where a stopped run was")
-    else:
-        parser.set_defaults(resume=False)
-    options = parser.parse_args(argv)
-    options.resumable = resumable
-    given = {name: getattr(options, name) for name in shown}
-    options.recipe_changed = given != dict.fromkeys(shown) | recipe
-
-    devices = available_devices()
-    if options.device == "auto":
-        options.device = devices[0]
-    if options.device not in devices:
-        here = ", ".join(devices)
-        parser.error(f"--device {options.device}: not here; there is {here}")
-    options.device = torch.device(options.device)
-    if options.precision == "auto":
-        options.precision = "bf16" if has_native_bf16(options.device) else "fp32"
-    every = range(options.seeds or count)
-    options.seeds = list(every) if options.seed is None else [options.seed]
-    options.networks = [options.only] if networks and options.only else list(networks)
-    options.script = script.relative_to(ROOT).as_posix()
-    options.stem = options.out_dir.resolve() / script.stem
-    try:  # now, not after the training
-        options.out_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options.out_dir).close()
-    except OSError as error:
-        parser.error(f"--out-dir {options.out_dir}: cannot write: {error.strerror}")
-    return options

@@ -1,107 +1,94 @@
-"""Q1, the baseline: two convolutions with max-pooling, a fully connected layer of 128
-units with dropout 0.5, and the output layer; 421,642 parameters.
+"""Q1, the baseline: a CNN of 421,642 parameters reaches 99.3 % test accuracy; at a constant learning rate, 99.2 %.
 
-Expect  98 % after one epoch and 99.3 % at the end, with early stopping; the same
-        network at a constant learning rate stops earlier, about 0.15 points lower.
-Why     Two 3x3 convolutions see local strokes, pooling makes them indifferent to small
-        shifts, and dropout keeps the fully connected layer, which holds 95 % of the
-        parameters, from learning the training images by heart. At a constant rate
-        Adam's last steps are as long as its first and the weights keep rattling about
-        the minimum; a rate that decays lets them settle.
-Run     python q1_baseline.py               about four minutes on two CPU cores
+Expect  98 % after one epoch; early stopping after 13 to 20.
+Why     Two 3x3 convolutions detect local strokes, max-pooling makes them robust to small shifts, and dropout keeps
+        the fully connected layer, with 95 % of the parameters, from overfitting. At a constant learning rate Adam
+        keeps oscillating around the minimum; a decaying one lets it converge.
+Run     python q1_baseline.py               five minutes on two CPU cores
         python q1_baseline.py --seeds 5     the recorded results
-        python q1_baseline.py --resume      continues a stopped run, to the same bits
+        python q1_baseline.py --resume      continues a stopped run, bit-identical to one that was never stopped
 """
 
 import math
 
 import torch
-from matplotlib.figure import Figure
 
 import common
 
-RECIPE = {
-    "epochs": 20,  # at most: early stopping comes first
-    "batch_size": 64,
-    "lr": 1e-3,  # Adam's default
-}
-PATIENCE = 3  # epochs without a better validation accuracy
-DECAY = {  # factor on the learning rate after each epoch
-    "baseline": 0.8,  # a twentieth of the rate is left when early stopping comes
-    "constant rate": 1.0,  # the published recipe
+RUNS = {
+    "baseline": {
+        "epochs": 20,  # at most: early stopping comes first
+        "batch_size": 64,
+        "lr": 1e-3,
+        "decay": 0.8,  # factor on the learning rate after each epoch
+        "patience": 3,  # epochs without a better validation accuracy
+    },
+    "constant learning rate": {"epochs": 20, "batch_size": 64, "lr": 1e-3, "decay": 1.0, "patience": 3},  # published
 }
 
 
-def train(digits, options, label, seed):
+def train(config, data, seed, **settings):
     torch.manual_seed(seed)
     model = common.baseline_cnn(dropout=0.5)
-    model.to(options.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
-    steps = math.ceil(len(digits.train.labels) / options.batch_size)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, steps, DECAY[label])
-    history = common.fit(
+    model.to(data.train.labels.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
+    steps = math.ceil(len(data.train.labels) / config["batch_size"])
+    return model, common.fit(
         model,
-        digits.train,
-        digits.val,
+        data,
         optimizer,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        scheduler=scheduler,
-        patience=PATIENCE,
-        **common.run_settings(options, label, seed),
+        epochs=config["epochs"],
+        batch_size=config["batch_size"],
+        seed=seed,
+        scheduler=torch.optim.lr_scheduler.StepLR(optimizer, steps, config["decay"]),
+        patience=config["patience"],
+        **settings,
     )
-    return model, history
 
 
-def plot_samples(digits, options):
-    images, labels = digits.train
-    shown = images.new_zeros(10, 10, 1, 28, 28)
+def plot_samples(train):
+    """Ten training images of each digit."""
+    shown = train.images.new_zeros(10, 10, 1, 28, 28)
     for digit in range(10):
-        mine = images[labels == digit][:10]
-        shown[digit, : len(mine)] = mine
-    figure = Figure(figsize=(7, 7.5), layout="constrained")
+        images = train.images[train.labels == digit][:10]
+        shown[digit, : len(images)] = images
+    figure = common.new_figure(7, 7.5)
     common.draw_images(figure.subplots(), shown.flatten(0, 1), columns=10)
-    title = "The data: ten training images of each digit"
-    common.save_figure(figure, "samples", title, digits, options)
+    return figure
 
 
-def plot_mistakes(logits, digits, options):
-    """The wrong predictions of which the network was the surest, the surest first."""
-    images, labels = digits.test
+def plot_mistakes(logits, test):
+    """The 40 wrong predictions with the highest confidence."""
     confidence, predicted = logits.softmax(1).max(1)
+    labels = test.labels.cpu()
     wrong = (predicted != labels).nonzero().flatten()
     shown = wrong[confidence[wrong].argsort(descending=True, stable=True)][:40]
-    captions = [
-        f"{labels[i]} read as {predicted[i]}\n{100 * confidence[i]:.1f} % sure"
-        for i in shown
-    ]
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
-    common.draw_images(figure.subplots(), images[shown], columns=8, captions=captions)
-    title = f"{len(wrong)} of {len(labels):,} test digits are misread; here the surest"
-    common.save_figure(figure, "mistakes", title, digits, options)
+    captions = [f"{labels[i]}, predicted {predicted[i]}\n{100 * confidence[i]:.1f} %" for i in shown]
+    figure = common.new_figure(10, 7.5)
+    common.draw_images(figure.subplots(), test.images.cpu()[shown], columns=8, captions=captions)
+    return figure
 
 
 def main(argv=None):
-    options = common.parse_options(__file__, __doc__, argv, recipe=RECIPE)
-    digits = common.load_digits(options)
+    args = common.parse_args(__file__, __doc__, RUNS, argv)
+    data = common.load_data(args)
     common.print_layers(common.baseline_cnn())
-    plot_samples(digits, options)
+    results = common.run_all(train, args, data)
 
-    runs = common.train_all(train, DECAY, digits, options)
-
-    decaying, constant = (
-        common.describe([run.scores for run in seeds]) for seeds in runs.values()
+    common.save_figure(
+        f"{args.stem}_samples.png", plot_samples(data.train), "Ten training images of each digit", data.name
     )
-    title = f"Baseline CNN: {decaying}; at a constant learning rate {constant}"
-    common.plot_curves(common.histories_of(runs), title, digits, options)
-    best = common.best_run(runs["baseline"])
-    common.plot_confusion(best, digits, options)
-    plot_mistakes(best.test_logits, digits, options)
-    print(f"most confused pairs, seed {best.scores['seed']}:")
+    common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), common.summarize(results), data.name)
+    first_run = next(iter(results))  # the baseline, if --only does not say otherwise
+    best = common.best_seed(results[first_run])
+    common.save_confusions({first_run: [best]}, args.stem, data)
+    wrong = round(len(data.test.labels) * (1 - best.scores["test_accuracy"] / 100))
+    title = f"The {min(wrong, 40)} of {wrong} misclassified test digits with the highest confidence"
+    common.save_figure(f"{args.stem}_mistakes.png", plot_mistakes(best.test_logits, data.test), title, data.name)
+    print(f"most confused pairs, seed {best.seed}:")
     for pair in best.scores["most_confused"]:
-        print("  {true} read as {predicted}: {count}x".format(**pair))
-    print()
-    common.report(runs, digits, options)
+        print("  {true} predicted as {predicted}: {count}x".format(**pair))
+    common.report(results, args, data)
 
 
 if __name__ == "__main__":

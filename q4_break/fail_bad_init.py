@@ -1,15 +1,13 @@
-"""Q4, bad initialisation: all weights zero, or all the same constant.
+"""Q4, bad initialisation: with zero weights accuracy stays at 11 %, with a constant below 30 %.
 
-Expect  zero weights stay at chance, 11 %, and a constant without dropout below 30 %, with
-        all 32 filters of the first layer one and the same. With dropout the constant
-        learns, to over 90 %, and its filters are still one filter. He's random weights,
-        or a little noise on the constant, cure it.
-Why     Units that begin alike receive like gradients and stay alike: the network is as
-        wide as one unit. From zero not even that one moves, since every gradient is
-        multiplied with a zero on its way. Dropout's masks differ from hidden unit to
-        hidden unit and so set these apart, but all channels of a convolution feed the
-        same hidden units with the same weights: nothing ever tells them apart.
-Run     python q4_break/fail_bad_init.py     under three minutes on two CPU cores
+Expect  all 32 filters of the first layer identical, after training too, with a constant. With dropout the constant
+        still reaches 92 %, but its filters stay identical.
+Why     Units that start with equal weights get equal gradients and stay equal (symmetry): each layer is as good as a
+        single unit. With zero weights not even that one learns, since each gradient is multiplied by a zero. Dropout
+        has a different mask for each hidden unit and so breaks their symmetry; but all channels of a convolution feed
+        the same hidden units with the same weights, and nothing breaks theirs.
+Fix     Random weights (He), 98 %; or noise added to the constant.
+Run     python q4_break/fail_bad_init.py     three minutes on two CPU cores
 """
 
 import math
@@ -18,161 +16,143 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # common.py lives one level up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
 
-# At the baseline's rate, 1e-3, the constant's ReLUs die on the way for some of the seeds.
-RECIPE = {"epochs": 2, "batch_size": 64, "lr": 5e-4}
-IMAGES = 40_000  # of the 55,000, with which the six runs take less than three minutes
-CONSTANT = 0.01  # about the deviation of PyTorch's own first weights of the large layer
+CONSTANT = 0.01  # about the standard deviation of PyTorch's own first weights of the large layer
+
+
+def config_of(init, constant=None, noise=0.0, dropout=0.5, **more):
+    """init: "default" (PyTorch's own), "He" or "constant", with normal noise of this standard deviation."""
+    # At the baseline's learning rate, 1e-3, all ReLUs of a layer are dead for some seeds of the constant.
+    config = {"epochs": 2, "batch_size": 64, "lr": 5e-4, "images": 40_000}
+    return {**config, "init": init, "constant": constant, "noise": noise, "dropout": dropout, **more}
+
+
 RUNS = {
-    "control": {},  # PyTorch's own initialisation
-    "He": {"he": True},
-    "zero": {"constant": 0.0},
-    "constant": {"constant": CONSTANT},
-    "constant, no dropout": {"constant": CONSTANT, "dropout": 0.0},
-    "constant + noise, no dropout": {
-        "constant": CONSTANT,
-        "dropout": 0.0,
-        "noise": 1e-2,
-    },
+    "control": config_of("default"),
+    "He": config_of("He"),
+    "zero": config_of("constant", 0.0),
+    "constant": config_of("constant", CONSTANT),
+    "constant, no dropout": config_of("constant", CONSTANT, dropout=0.0),
+    "constant + noise, no dropout": config_of("constant", CONSTANT, noise=1e-2, dropout=0.0),
 }
-INTENDED = dict.fromkeys(
-    ("zero", "constant", "constant, no dropout"), "symmetric units"
-)
-NOISES = [1e-5, 1e-4, 3e-4, 1e-3, 1e-2]  # deviations, added to the constant
+INTENDED = dict.fromkeys(("zero", "constant", "constant, no dropout"), "symmetric units")
+SWEEP = {  # an epoch on few images
+    f"sweep: noise {noise:g}, dropout {dropout}": config_of(
+        "constant", CONSTANT, noise, dropout, epochs=1, images=5_000
+    )
+    for dropout in (0.0, 0.5)
+    for noise in (1e-5, 1e-4, 3e-4, 1e-3, 1e-2)
+}
 
 
-def build(options, seed, he=False, constant=None, dropout=0.5, noise=0.0):
-    """The network with its first weights, and its optimizer."""
-    torch.manual_seed(seed)
-    model = common.baseline_cnn(dropout=dropout)
-    for layer in model if he or constant is not None else ():
+def initialize(model, config):
+    for layer in model if config["init"] != "default" else ():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.zeros_(layer.bias)
-            if he:
+            if config["init"] == "He":
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             else:
-                nn.init.normal_(layer.weight, constant, noise)
-    model.to(options.device, memory_format=torch.channels_last)
-    return model, torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
+                nn.init.normal_(layer.weight, config["constant"], config["noise"])
 
 
-def train(digits, options, label, seed):
-    model, optimizer = build(options, seed, **RUNS[label])
+def train(config, data, seed, **settings):
+    torch.manual_seed(seed)
+    model = common.baseline_cnn(dropout=config["dropout"])
+    initialize(model, config)
+    model.to(data.train.labels.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
+    first = symmetry(model, data.train)
     history = common.fit(
-        model,
-        common.first(digits.train, IMAGES),
-        digits.val,
-        optimizer,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        **common.run_settings(options, label, seed),
+        model, data, optimizer, epochs=config["epochs"], batch_size=config["batch_size"], seed=seed, **settings
     )
+    history.trace = {"before": first, "after": symmetry(model, data.train)}
     return model, history
 
 
-def print_symmetry(runs, digits, options):
-    """Distinct units of each layer, before and after training, and distinct rows in the
-    first gradient of the first layer, for the first seed."""
-    images, labels = (tensor[: options.batch_size] for tensor in digits.train)
-    for label, seeds in runs.items():
-        model, _ = build(options, options.seeds[0], **RUNS[label])
-        loss = F.cross_entropy(model(common.normalize(images)), labels)
-        gradient = torch.autograd.grad(loss, common.weights_of(model)[0])[0]
-        before, after = (
-            [common.distinct_units(weight) for weight in common.weights_of(network)]
-            for network in (model, seeds[0].model)
-        )
-        rows = common.distinct_units(gradient)
-        print(f"{label}: distinct units by layer {before}, after training {after}")
-        print(f"  distinct rows in the first layer's first gradient: {rows} of 32")
+def symmetry(model, train):
+    """The filters of the first layer, and how many units of each layer and how many rows of the first layer's gradient
+    are distinct."""
+    weights = common.layer_weights(model)
+    state = torch.get_rng_state()  # dropout's, which the training is to find as it was
+    loss = F.cross_entropy(model(common.normalize(train.images[:64])), train.labels[:64])
+    gradient = torch.autograd.grad(loss, weights[0])[0]
+    torch.set_rng_state(state)
+    return {
+        "filters": weights[0].detach().cpu().clone(),
+        "distinct units": [common.distinct_units(weight) for weight in weights],
+        "distinct gradients": common.distinct_units(gradient),
+    }
 
 
-def plot_filters(runs, digits, options):
+def print_symmetry(results):
+    """Distinct units of each layer of the first seed, and distinct rows of the first layer's first gradient."""
+    for name, seeds in results.items():
+        before, after = (seeds[0].history.trace[when] for when in ("before", "after"))
+        print(f"{name}: distinct units by layer {before['distinct units']}, after training {after['distinct units']}")
+        print(f"  distinct rows in the first layer's first gradient: {before['distinct gradients']} of 32")
+
+
+def plot_filters(results):
     """The 32 filters of the first layer, before and after training, of the first seed."""
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    shown = "He", "constant", "constant, no dropout"
-    panels = figure.subplots(len(shown), 2, squeeze=False)
-    for row, label in zip(panels, shown, strict=True):
-        first, _ = build(options, options.seeds[0], **RUNS[label])
-        for axes, model, when in zip(
-            row, (first, runs[label][0].model), ("before", "after"), strict=True
-        ):
-            weight = common.weights_of(model)[0].detach().cpu()
+    figure = common.new_figure(9, 2.2 * len(results))
+    for row, (name, seeds) in zip(figure.subplots(len(results), 2, squeeze=False), results.items(), strict=True):
+        for axes, when in zip(row, ("before", "after"), strict=True):
+            weight = seeds[0].history.trace[when]["filters"]
             tiles = F.pad(weight, (1, 0, 1, 0), value=math.nan)
             tiles = tiles.view(4, 8, 4, 4).transpose(1, 2).reshape(16, 32)
             limit = weight.abs().max().item() or 1
             axes.imshow(tiles.numpy(), cmap="PuOr", vmin=-limit, vmax=limit)
-            distinct = common.distinct_units(weight)
-            axes.set_title(f"{label}, {when}: {distinct} distinct of 32", fontsize=10)
+            axes.set_title(f"{name}, {when}: {common.distinct_units(weight)} distinct of 32", fontsize=10)
             axes.axis("off")
-    title = "The first layer's filters: a constant stays one filter, with dropout or without"
-    common.save_figure(figure, "filters", title, digits, options)
+    return figure
+
+
+def check_findings(results):
+    accuracy = {name: common.test_accuracies(seeds) for name, seeds in results.items()}
+    chance, zero = math.log(10), results["zero"]
+    predicted = [len(seed.test_logits.argmax(1).unique()) for seed in zero]
+    loss = max(seed.history.rows[-1]["train_loss"] for seed in zero)
+    start = max(seed.history.step_losses[0] for seed in results["control"])
+    single, dropout = max(accuracy["constant, no dropout"]), min(accuracy["constant"])
+    claims = [
+        (f"zero predicts one digit everywhere, {max(accuracy['zero']):.2f} %", max(predicted) == 1),
+        (f"its loss stays at {loss:.4f}, ln 10 = {chance:.4f}", abs(loss - chance) < 0.01),
+        (f"where the control's starts: {start:.4f}", abs(start - chance) < 0.1),
+        (f"the constant, no dropout, reaches {single:.2f} %, below 30", single < 30),
+        (f"with dropout it reaches {dropout:.2f} %, over 80", dropout > 80),
+    ]
+    for name in ("control", "He", "constant + noise, no dropout"):
+        claims.append((f"{name} reaches {min(accuracy[name]):.2f} %, over 95", min(accuracy[name]) > 95))
+    common.check_claims(claims, INTENDED, results)
 
 
 def main(argv=None):
-    options = common.parse_options(
-        __file__, __doc__, argv, recipe=RECIPE, resumable=False
-    )
-    digits = common.load_digits(options)
-    runs = common.train_all(train, RUNS, digits, options)
+    args = common.parse_args(__file__, __doc__, RUNS, argv)
+    data = common.load_data(args)
+    results = common.run_all(train, args, data)
+    swept = common.run_all(train, args, data, SWEEP, test=False)
 
-    accuracies = common.test_accuracies(runs)
-    one, learns = accuracies["constant, no dropout"], accuracies["constant"]
-    title = (
-        f"One constant for all weights: {max(one):.1f} %; with dropout "
-        f"{min(learns):.1f} %, and still one filter; He {min(accuracies['He']):.1f} %"
-    )
-    common.plot_curves(common.histories_of(runs), title, digits, options)
-    plot_filters(runs, digits, options)
-    common.report(runs, digits, options)
-    print_symmetry(runs, digits, options)
-
-    settings = [
-        {"constant": CONSTANT, "dropout": dropout, "noise": noise}
-        for dropout in (0.0, 0.5)
-        for noise in NOISES
-    ]
-    rows = common.sweep(build, settings, digits, options)
-    lines = {
-        f"dropout {dropout}": [row for row in rows if row["dropout"] == dropout]
-        for dropout in (0.0, 0.5)
-    }
-    alone = lines["dropout 0.0"]
-    least = min(common.values_that_learn(alone, "noise"), default="none")
+    common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), common.summarize(results), data.name)
+    shown = {name: results[name] for name in ("He", "constant", "constant, no dropout") if name in results}
+    if shown:
+        title = "Filters of the first layer: with a constant they stay identical, with dropout or without"
+        common.save_figure(f"{args.stem}_filters.png", plot_filters(shown), title, data.name)
+    seeds = [seed for seeds in swept.values() for seed in seeds]
+    common.write_trials(f"{args.stem}_sweep.csv", seeds)
+    lines = {f"dropout {p}": [seed for seed in seeds if seed.config["dropout"] == p] for p in (0.0, 0.5)}
+    least = min(common.values_that_learn(lines["dropout 0.0"], "noise"), default="none")
     title = f"Least noise with which the constant learns without dropout: {least}"
-    name = f"deviation of the noise (one epoch on {common.SWEEP_IMAGES:,} images)"
-    common.plot_sweep(lines, "noise", name, title, digits, options)
-
-    zero, chance = accuracies["zero"], math.log(10)
-    digits_read = {
-        tuple(run.test_logits.argmax(1).unique().tolist()) for run in runs["zero"]
-    }
-    loss = max(run.history.rows[-1]["train_loss"] for run in runs["zero"])
-    start = max(run.history.step_losses[0] for run in runs["control"])
-    claims = [
-        (
-            f"zero reads one digit everywhere, {max(zero):.2f} %",
-            all(len(d) == 1 for d in digits_read),
-        ),
-        (
-            f"its loss rests at {loss:.4f}, ln 10 = {chance:.4f}",
-            abs(loss - chance) < 0.01,
-        ),
-        (f"where the control's begins: {start:.4f}", abs(start - chance) < 0.1),
-        (f"the constant, no dropout, reads {max(one):.2f} %, below 30", max(one) < 30),
-        (f"with dropout it reads {min(learns):.2f} %, over 80", min(learns) > 80),
-    ]
-    for cure in ("control", "He", "constant + noise, no dropout"):
-        least = min(accuracies[cure])
-        claims.append((f"{cure} reads {least:.2f} %, over 95", least > 95))
-    common.check_claims(claims, INTENDED, runs, digits, options)
+    figure = common.plot_sweep(lines, "noise", "standard deviation of the noise (one epoch on 5,000 images)")
+    common.save_figure(f"{args.stem}_sweep.png", figure, title, data.name)
+    common.report(results, args, data)
+    print_symmetry(results)
+    if common.can_check(args, data):
+        check_findings(results)
 
 
 if __name__ == "__main__":

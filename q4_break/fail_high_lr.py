@@ -1,120 +1,122 @@
-"""Q4, high learning rate: Adam at 0.1 instead of 0.001, and SGD at 1000.
+"""Q4, high learning rate: with Adam at 0.1 all ReLUs of a layer are dead within 100 steps; accuracy stays at 11 %.
 
-Expect  Adam at 0.1 dies in its first steps and stays at chance, 11 %, for good; SGD at
-        1000 ends in a loss that is not a number. BatchNorm lets Adam live with the same
-        0.1, clipping lets SGD live with the same 1000.
-Why     Adam's step is as long as its rate, whatever the gradient. A hundred times the
-        weights' own size, it throws every ReLU to the side where its gradient is zero:
-        nothing can move any more but the last biases, and the loss rests at ln 10. SGD's
-        step grows with the gradient, and the gradient with the step before. BatchNorm
-        undoes the size of the weights before every ReLU; clipping bounds the step.
-Run     python q4_break/fail_high_lr.py     under three minutes on two CPU cores
+Expect  chance level with Adam at 0.1; a loss that is not a number with SGD at 1000.
+Why     Adam's step is as long as its learning rate, whatever the gradient. At 0.1 one step is a hundred times as long
+        as the weights are large: it moves all inputs of the ReLUs below zero, where their gradient is zero. Only the
+        last biases still learn, and the loss stays at ln 10. SGD's step grows with the gradient, and the gradient
+        with the weights, until the loss overflows.
+Fix     BatchNorm, which normalises the inputs of each ReLU: 97.8 % with Adam at 0.1. Gradient clipping, which bounds
+        the step: 97.8 % with SGD at 1000.
+Run     python q4_break/fail_high_lr.py     three minutes on two CPU cores
 """
 
 import math
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # common.py lives one level up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
 
-RECIPE = {"epochs": 2, "batch_size": 64}  # the control passes 98 % in two epochs
+
+def config_of(optimizer, lr, batchnorm=False, clip=None, **more):
+    """clip: limit on the norm of the gradient; at 1e-4 a step of SGD at 1000 is no longer than 0.1."""
+    config = {"epochs": 2, "batch_size": 64, "optimizer": optimizer, "lr": lr}
+    return {**config, "batchnorm": batchnorm, "clip": clip, **more}
+
+
 RUNS = {
-    "control": {"optimizer": "Adam", "lr": 0.001},
-    "Adam 0.1": {"optimizer": "Adam", "lr": 0.1},
-    "Adam 0.1, BatchNorm": {"optimizer": "Adam", "lr": 0.1, "batchnorm": True},
-    "SGD 1000": {"optimizer": "SGD", "lr": 1000.0},
-    "SGD 1000, clipped": {"optimizer": "SGD", "lr": 1000.0},
+    "control": config_of("Adam", 0.001),
+    "Adam 0.1": config_of("Adam", 0.1),
+    "Adam 0.1, BatchNorm": config_of("Adam", 0.1, batchnorm=True),
+    "SGD 1000": config_of("SGD", 1000.0),
+    "SGD 1000, clipped": config_of("SGD", 1000.0, clip=1e-4),
 }
-CLIP = 1e-4  # on the norm of the gradient: a step of SGD is no longer than 0.1
 INTENDED = {"Adam 0.1": "not learning", "SGD 1000": "diverged"}
-SWEEP = [  # optimizer, with BatchNorm or without, rates
-    ("Adam", False, [1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]),
-    ("Adam", True, [1e-3, 1e-2, 1e-1, 1e0]),
-    ("SGD", False, [1e-3, 1e-2, 1e-1, 3e-1, 1e0, 1e1]),
-]
+LEARNING_RATES = {  # of the sweep: an epoch on few images
+    "Adam": [1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
+    "Adam, BatchNorm": [1e-3, 1e-2, 1e-1, 1e0],
+    "SGD": [1e-3, 1e-2, 1e-1, 3e-1, 1e0, 1e1],
+}
+SWEEP = {
+    f"sweep: {name} {lr:g}": config_of(name.split(",")[0], lr, "BatchNorm" in name, epochs=1, images=5_000)
+    for name, rates in LEARNING_RATES.items()
+    for lr in rates
+}
 
 
-def build(options, seed, optimizer, lr, batchnorm=False):
-    """The network with its first weights, and its optimizer."""
-    torch.manual_seed(seed)  # BatchNorm draws no numbers: all share the first weights
+def add_batchnorm(model):
+    """BatchNorm after every layer but the last. It draws no random numbers: the first weights stay the same."""
+    layers = []
+    for layer in model[:-1]:
+        layers.append(layer)
+        if isinstance(layer, nn.Conv2d):
+            layers.append(nn.BatchNorm2d(layer.out_channels))
+        elif isinstance(layer, nn.Linear):
+            layers.append(nn.BatchNorm1d(layer.out_features))
+    return nn.Sequential(*layers, model[-1])
+
+
+def train(config, data, seed, **settings):
+    torch.manual_seed(seed)
     model = common.baseline_cnn()
-    if batchnorm:
-        layers = []
-        for layer in model:
-            layers.append(layer)
-            if isinstance(layer, nn.Conv2d):
-                layers.append(nn.BatchNorm2d(layer.out_channels))
-            elif isinstance(layer, nn.Linear) and layer.out_features > 10:
-                layers.append(nn.BatchNorm1d(layer.out_features))
-        model = nn.Sequential(*layers)
-    model.to(options.device, memory_format=torch.channels_last)
-    if optimizer == "Adam":
-        return model, torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    return model, torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=True)
+    if config["batchnorm"]:
+        model = add_batchnorm(model)
+    model.to(data.train.labels.device, memory_format=torch.channels_last)
+    if config["optimizer"] == "Adam":
+        optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=0.9, fused=True)
+    trace = {}
+    if "images" not in config:  # not in the sweep
+        watch_steps(model, optimizer, data.train.images[:200], trace)
+    if config["clip"]:
+        optimizer.register_step_pre_hook(
+            lambda *_: nn.utils.clip_grad_norm_(model.parameters(), config["clip"]) and None
+        )
+    return model, common.fit(
+        model,
+        data,
+        optimizer,
+        epochs=config["epochs"],
+        batch_size=config["batch_size"],
+        seed=seed,
+        trace=trace,
+        **settings,
+    )
 
 
-def watch(model, optimizer, images):
-    """What happens inside during the training, at every step at first, later at every
-    twentieth: lists by name, which fill as `optimizer` steps."""
-    names = "step", "gradient norm", "update / weights", "dead ReLUs (%)"
-    trace, weights, before = {name: [] for name in names}, common.weights_of(model), []
-    count = 0
+def watch_steps(model, optimizer, images, trace):
+    """Record in `trace`, at every step at first and later at every twentieth, the norm of the gradient, the length of
+    the update by the length of the weights, and the share of dead ReLUs."""
+    weights, before = common.layer_weights(model), []
+    trace |= {"steps": [0], "step": [], "gradient norm": [], "update / weights": [], "dead ReLUs (%)": []}
 
     def norm(tensors):
         return torch.stack([t.norm() for t in tensors]).norm().item()
 
-    def note_gradient(*_):
-        nonlocal count
-        count += 1
-        if count <= 20 or count % 20 == 0:
-            trace["step"].append(count)
+    def before_step(*_):
+        trace["steps"][0] += 1
+        if trace["steps"][0] <= 20 or trace["steps"][0] % 20 == 0:
+            trace["step"].append(trace["steps"][0])
             trace["gradient norm"].append(norm([w.grad for w in weights]))
             before[:] = [w.detach().clone() for w in weights]
 
-    def note_update(*_):
+    def after_step(*_):
         if before:
-            moves = [w.detach() - old for w, old in zip(weights, before, strict=True)]
-            trace["update / weights"].append(norm(moves) / norm(before))
-            dead = max(common.dead_relus(model, images))
-            trace["dead ReLUs (%)"].append(100 * dead)
+            update = [w.detach() - old for w, old in zip(weights, before, strict=True)]
+            trace["update / weights"].append(norm(update) / norm(before))
+            trace["dead ReLUs (%)"].append(100 * max(common.dead_relus(model, images)))
             before.clear()
 
-    optimizer.register_step_pre_hook(note_gradient)
-    optimizer.register_step_post_hook(note_update)
-    return trace
+    optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_post_hook(after_step)
 
 
-def train(traces, digits, options, label, seed):
-    recipe = RUNS[label] | ({"lr": options.lr} if options.lr else {})
-    model, optimizer = build(options, seed, **recipe)
-    traces[label, seed] = watch(model, optimizer, digits.train.images[:200])
-    if "clipped" in label:
-
-        def clip(*_):
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-
-        optimizer.register_step_pre_hook(clip)
-    history = common.fit(
-        model,
-        digits.train,
-        digits.val,
-        optimizer,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        **common.run_settings(options, label, seed),
-    )
-    return model, history
-
-
-LIMITS = {  # what goes beyond, SGD's way to infinity, would flatten the rest
+LIMITS = {  # SGD at 1000 exceeds them, and would flatten the rest
     "loss": (1e-2, 1e3),
     "gradient norm": (1e-4, 1e3),
     "update / weights": (1e-4, 1e3),
@@ -122,87 +124,69 @@ LIMITS = {  # what goes beyond, SGD's way to infinity, would flatten the rest
 }
 
 
-def plot_steps(traces, runs, digits, options):
-    """The inside of the first seed's runs, step by step."""
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    panels = zip(figure.subplots(2, 2, sharex=True).flat, LIMITS, strict=True)
-    for axes, name in panels:
+def plot_steps(results):
+    """Loss, gradient, update and dead ReLUs of the first seed's runs, step by step."""
+    figure = common.new_figure(12, 8)
+    for axes, (name, (low, high)) in zip(figure.subplots(2, 2, sharex=True).flat, LIMITS.items(), strict=True):
         ends = []
-        for i, (label, seeds) in enumerate(runs.items()):
-            trace = traces[label, options.seeds[0]]
-            losses = seeds[0].history.step_losses
-            steps = [step for step in trace["step"] if step <= len(losses)]
-            trace = trace | {"loss": [losses[step - 1] for step in steps]}
-            values = trace[name][: len(steps)]
+        for i, (label, seeds) in enumerate(results.items()):
+            history = seeds[0].history
+            steps = [step for step in history.trace["step"] if step <= len(history.step_losses)]
+            losses = [history.step_losses[step - 1] for step in steps]
+            values = losses if name == "loss" else history.trace[name][: len(steps)]
             axes.plot(steps, values, color=common.COLORS[i], lw=1.5)
-            low, high = LIMITS[name]
-            shown = [
-                (x, y) for x, y in zip(steps, values, strict=True) if low < y < high
-            ]
+            shown = [point for point in zip(steps, values, strict=True) if low < point[1] < high]
             if shown and name == "loss":
                 ends.append((*shown[-1], label, common.COLORS[i]))
-        scale = "linear" if name == "dead ReLUs (%)" else "log"
-        axes.set(xscale="log", yscale=scale, ylim=LIMITS[name], title=name)
+        axes.set(xscale="log", yscale="linear" if low < 0 else "log", ylim=(low, high), title=name)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
         common.label_ends(axes, ends)
     figure.supxlabel("step")
-    title = "Adam at 0.1 kills the ReLUs in its first steps; SGD at 1000 explodes"
-    common.save_figure(figure, "steps", title, digits, options)
+    return figure
+
+
+def check_findings(results):
+    accuracy = {name: common.test_accuracies(seeds) for name, seeds in results.items()}
+    dead_by = []
+    for seed in results["Adam 0.1"]:
+        pairs = zip(seed.history.trace["step"], seed.history.trace["dead ReLUs (%)"], strict=True)
+        dead_by.append(next((step for step, dead in pairs if dead > 90), math.inf))
+    loss = max(seed.history.rows[-1]["train_loss"] for seed in results["Adam 0.1"])
+    control, stuck = min(accuracy["control"]), max(accuracy["Adam 0.1"])
+    batchnorm, clipped = min(accuracy["Adam 0.1, BatchNorm"]), min(accuracy["SGD 1000, clipped"])
+    claims = [
+        (f"the control reaches {control:.2f} %, over 97", control > 97),
+        (f"Adam at 0.1 stays at {stuck:.2f} %, below 12", stuck < 12),
+        (f"its loss ends at {loss:.3f}, near ln 10", abs(loss - math.log(10)) < 0.1),
+        (f"all ReLUs of a layer are dead by step {max(dead_by)}, at most 100", max(dead_by) <= 100),
+        (f"with BatchNorm it reaches {batchnorm:.2f} %, over 95", batchnorm > 95),
+        (f"clipped SGD reaches {clipped:.2f} %, over 95", clipped > 95),
+    ]
+    common.check_claims(claims, INTENDED, results)
 
 
 def main(argv=None):
-    options = common.parse_options(
-        __file__, __doc__, argv, recipe=RECIPE, resumable=False
-    )
-    digits = common.load_digits(options)
-    traces = {}
-    runs = common.train_all(partial(train, traces), RUNS, digits, options)
+    args = common.parse_args(__file__, __doc__, RUNS, argv)
+    data = common.load_data(args)
+    results = common.run_all(train, args, data)
+    swept = common.run_all(train, args, data, SWEEP, test=False)
 
-    accuracies = common.test_accuracies(runs)
-    stuck, saved = accuracies["Adam 0.1"], accuracies["Adam 0.1, BatchNorm"]
-    control, clipped = accuracies["control"], accuracies["SGD 1000, clipped"]
-    title = (
-        f"Adam at 0.1 guesses, {max(stuck):.1f} %, and SGD at 1000 diverges; BatchNorm "
-        f"saves the one, {min(saved):.1f} %, clipping the other, {min(clipped):.1f} %"
-    )
-    common.plot_curves(common.histories_of(runs), title, digits, options)
-    plot_steps(traces, runs, digits, options)
-    common.report(runs, digits, options, broken=INTENDED)
-
-    settings = [
-        {"optimizer": optimizer, "batchnorm": batchnorm, "lr": lr}
-        for optimizer, batchnorm, rates in SWEEP
-        for lr in rates
-    ]
-    lines = {}
-    for row in common.sweep(build, settings, digits, options):
-        name = row["optimizer"] + ", BatchNorm" * row["batchnorm"]
-        lines.setdefault(name, []).append(row)
-    highest = {
-        name: max(common.values_that_learn(rows, "lr"), default="none")
-        for name, rows in lines.items()
+    common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), common.summarize(results), data.name)
+    title = "Adam at 0.1: all ReLUs of a layer are dead after few steps. SGD at 1000: the loss explodes"
+    common.save_figure(f"{args.stem}_steps.png", plot_steps(results), title, data.name)
+    lines = {
+        name: [seed for lr in rates for seed in swept[f"sweep: {name} {lr:g}"]]
+        for name, rates in LEARNING_RATES.items()
     }
-    highest = "; ".join(f"{name} {rate}" for name, rate in highest.items())
-    title = f"Highest rate that learns: {highest}"
-    name = f"learning rate (one epoch on {common.SWEEP_IMAGES:,} images)"
-    common.plot_sweep(lines, "lr", name, title, digits, options)
-
-    dead_after = []
-    for seed in options.seeds:
-        trace = traces["Adam 0.1", seed]
-        pairs = zip(trace["step"], trace["dead ReLUs (%)"], strict=True)
-        dead_after.append(next((step for step, dead in pairs if dead > 90), math.inf))
-    loss = max(run.history.rows[-1]["train_loss"] for run in runs["Adam 0.1"])
-    claims = [
-        (f"the control reads {min(control):.2f} %, over 97", min(control) > 97),
-        (f"Adam at 0.1 reads {max(stuck):.2f} %, below 12", max(stuck) < 12),
-        (f"its loss ends at {loss:.3f}, near ln 10", abs(loss - math.log(10)) < 0.1),
-        (f"its ReLUs are dead by step {max(dead_after)}", max(dead_after) <= 100),
-        (f"BatchNorm at 0.1 reads {min(saved):.2f} %, over 95", min(saved) > 95),
-        (f"clipped SGD reads {min(clipped):.2f} %, over 95", min(clipped) > 95),
-    ]
-    common.check_claims(claims, INTENDED, runs, digits, options)
+    common.write_trials(f"{args.stem}_sweep.csv", [seed for seeds in lines.values() for seed in seeds])
+    highest = {name: max(common.values_that_learn(seeds, "lr"), default="none") for name, seeds in lines.items()}
+    title = f"Highest learning rate that learns: {'; '.join(f'{name} {lr}' for name, lr in highest.items())}"
+    figure = common.plot_sweep(lines, "lr", "learning rate (one epoch on 5,000 images)")
+    common.save_figure(f"{args.stem}_sweep.png", figure, title, data.name)
+    common.report(results, args, data, expected_to_diverge=INTENDED)
+    if common.can_check(args, data):
+        check_findings(results)
 
 
 if __name__ == "__main__":

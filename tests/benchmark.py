@@ -118,10 +118,7 @@ def measure_training(_):
 
 def measure_augmentation(_):
     """Variant 4's larger network with its augmentation, and without."""
-    network, augment = (
-        variant4_under_25k.narrow_head_cnn,
-        variant4_under_25k.TURN_OR_CROP,
-    )
+    network, augment = (variant4_under_25k.narrow_head_cnn, variant4_under_25k.TURN_OR_CROP)
     rates = {"fp32": [], "bf16": []}
     with tempfile.TemporaryDirectory() as folder:
         digits = small_mnist(folder)

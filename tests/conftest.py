@@ -16,9 +16,7 @@ import common
 
 MNIST_DIR = Path(os.environ.get("MNIST_DIR") or ROOT / "data")
 needs_mnist = pytest.mark.skipif(
-    not all(
-        (MNIST_DIR / "MNIST" / "raw" / name).exists() for name in common.MNIST_FILES
-    ),
+    not all((MNIST_DIR / "MNIST" / "raw" / name).exists() for name in common.MNIST_FILES),
     reason="real MNIST is not here: set MNIST_DIR",
 )
 
@@ -33,11 +31,7 @@ def load(folder, data="mnist", limit=None):
 def tiny():
     """880 training, 80 validation and 200 test digits of the stand-in."""
     return common.split_digits(
-        *common.draw_digits(960, 0),
-        *common.draw_digits(200, 1),
-        "synthetic stand-in",
-        None,
-        "cpu",
+        *common.draw_digits(960, 0), *common.draw_digits(200, 1), "synthetic stand-in", None, "cpu"
     )
 
 
@@ -45,10 +39,7 @@ def write_mnist(folder: Path, train: int = 960, test: int = 200) -> Path:
     """A data folder in torchvision's layout, with digits of the stand-in; returns the folder."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for names, count, seed in (
-        (common.MNIST_FILES[:2], train, 0),
-        (common.MNIST_FILES[2:], test, 1),
-    ):
+    for names, count, seed in ((common.MNIST_FILES[:2], train, 0), (common.MNIST_FILES[2:], test, 1)):
         images, labels = common.draw_digits(count, seed)
         header = b"".join(n.to_bytes(4, "big") for n in (2051, count, 28, 28))
         (raw / names[0]).write_bytes(header + images.numpy().tobytes())

@@ -22,10 +22,7 @@ SCRIPTS = {  # runs; plots
         {"curves", "all", "gap"},
     ),
     "fail_bad_init": (
-        [
-            *("control", "He", "zero", "constant", "constant, no dropout"),
-            "constant + noise, no dropout",
-        ],
+        [*("control", "He", "zero", "constant", "constant, no dropout"), "constant + noise, no dropout"],
         {"curves", "filters", "sweep"},
     ),
 }
@@ -43,9 +40,7 @@ def test_script_leaves_its_evidence(stem, mnist_folder, tmp_path):
     for run in found["runs"].values():
         assert set(run["seeds"][0]["health"]) <= set(common.ALARMS)
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    expected = {f"{stem}_{what}.png" for what in plots} | {
-        f"{stem}.{t}" for t in ("csv", "json")
-    }
+    expected = {f"{stem}_{what}.png" for what in plots} | {f"{stem}.{t}" for t in ("csv", "json")}
     expected |= {f"{stem}_sweep.csv"} if "sweep" in plots else set()
     assert left == expected
     if "sweep" in plots:
@@ -79,9 +74,7 @@ def test_claims_that_come_out_are_a_reproduced_failure(tiny, capsys):
         ([], {}, [("it is broken", False)]),
     ],
 )
-def test_a_claim_that_fails_ends_with_exit_code_1(
-    tiny, capsys, health, intended, claims
-):
+def test_a_claim_that_fails_ends_with_exit_code_1(tiny, capsys, health, intended, claims):
     with pytest.raises(SystemExit, match="^failure not reproduced"):
         check(tiny, health, intended, claims)
     assert "NO  " in capsys.readouterr().out

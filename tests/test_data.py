@@ -9,11 +9,7 @@ import sys
 import threading
 import time
 from functools import partial
-from http.server import (
-    BaseHTTPRequestHandler,
-    SimpleHTTPRequestHandler,
-    ThreadingHTTPServer,
-)
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -114,9 +110,7 @@ CASES += [(spoil_label, name) for name in common.MNIST_FILES if "labels" in name
 
 @pytest.mark.parametrize(("damage", "name"), CASES)
 @pytest.mark.parametrize("data", ["mnist", "auto"])
-def test_a_broken_file_is_one_line_that_names_it(
-    damage, name, data, mnist_folder, tmp_path
-):
+def test_a_broken_file_is_one_line_that_names_it(damage, name, data, mnist_folder, tmp_path):
     shutil.copytree(mnist_folder, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "MNIST" / "raw" / name)
     with pytest.raises(SystemExit) as end:
@@ -181,9 +175,7 @@ def files_below(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def test_processes_that_start_together_on_an_empty_folder_all_get_the_data(
-    mirror, tmp_path
-):
+def test_processes_that_start_together_on_an_empty_folder_all_get_the_data(mirror, tmp_path):
     program = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -217,9 +209,7 @@ NOBODY = "http://127.0.0.1:9/"  # a port at which no server listens
 
 
 @pytest.mark.parametrize("trouble", ["nobody there", "not the files", "too slow"])
-def test_a_failed_download_leaves_nothing_and_says_why(
-    trouble, serve, tmp_path, monkeypatch
-):
+def test_a_failed_download_leaves_nothing_and_says_why(trouble, serve, tmp_path, monkeypatch):
     handlers = {"not the files": partial(Quiet, directory=tmp_path), "too slow": Drip}
     address = serve(handlers[trouble]) if trouble in handlers else NOBODY
     monkeypatch.setattr(MNIST, "mirrors", [address])

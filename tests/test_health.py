@@ -60,10 +60,7 @@ def history(steps=None, **last):
         (history(train_accuracy=11.0, val_accuracy=11.0), ["not learning"]),
         (history([2.3, 0.5] * 10 + [1.5] * 20 + [0.1] * 60), []),
         (history([2.3] * 10 + [0.1] * 40 + [1.5] * 50), ["oscillating"]),
-        (
-            history(train_loss=0.001, train_accuracy=100, val_accuracy=98),
-            ["overfitting"],
-        ),
+        (history(train_loss=0.001, train_accuracy=100, val_accuracy=98), ["overfitting"]),
         (history(train_loss=0.001, train_accuracy=99.9), []),
     ],
 )
@@ -120,10 +117,7 @@ SMALL = {  # network, optimizer, learning rate, images, epochs, intended alarm
     "SGD 1e6": (BASELINE, SGD, 1e6, 1500, 1, "diverged"),
     "BatchNorm, SGD 3": (lambda: batchnorm(BASELINE()), SGD, 3, 1500, 2, "oscillating"),
     "zero": (lambda: constant(BASELINE(), 0), ADAM, 1e-3, 1500, 1, "symmetric units"),
-    "constant": (
-        *(lambda: constant(common.baseline_cnn(), 0.01), ADAM, 1e-3, 1500, 6),
-        "symmetric units",
-    ),
+    "constant": (*(lambda: constant(common.baseline_cnn(), 0.01), ADAM, 1e-3, 1500, 6), "symmetric units"),
     "by heart": (BASELINE, ADAM, 1e-3, 200, 20, "overfitting"),
 }
 
@@ -131,9 +125,7 @@ SMALL = {  # network, optimizer, learning rate, images, epochs, intended alarm
 @pytest.fixture(scope="module")
 def small():
     """Each training of SMALL: (network before it, history)."""
-    digits = common.split_digits(
-        *common.draw_digits(1650, 0), *common.draw_digits(100, 1), "", None, "cpu"
-    )
+    digits = common.split_digits(*common.draw_digits(1650, 0), *common.draw_digits(100, 1), "", None, "cpu")
     found = {}
     for label, (network, optimizer, lr, images, epochs, _) in SMALL.items():
         torch.manual_seed(0)
@@ -142,10 +134,7 @@ def small():
         options = {"epochs": epochs, "batch_size": 64}
         before = common.evaluate(model, train).loss
         optimizer = optimizer(model.parameters(), lr=lr)
-        found[label] = (
-            before,
-            common.fit(model, train, digits.val, optimizer, **options),
-        )
+        found[label] = (before, common.fit(model, train, digits.val, optimizer, **options))
     return found
 
 

@@ -12,8 +12,7 @@ import common
 README = (ROOT / "README.md").read_text()
 PATTERNS = "q*.json", "q2_variants/*.json", "q4_break/*.json"
 RESULTS = {
-    path: json.loads(path.read_text())
-    for path in sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
+    path: json.loads(path.read_text()) for path in sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 }
 BENCHMARK = json.loads((ROOT / "tests" / "benchmark.json").read_text())
 
@@ -130,9 +129,7 @@ def test_results_are_five_or_more_whole_runs_on_mnist():
 
 
 def test_pictures_in_readme_exist():
-    pictures = [
-        part.split(")")[0] for part in README.split("](") if ".png)" in part[:200]
-    ]
+    pictures = [part.split(")")[0] for part in README.split("](") if ".png)" in part[:200]]
     assert pictures
     for picture in pictures:
         assert (ROOT / picture).exists(), picture

@@ -62,9 +62,7 @@ def test_q1_leaves_its_reports(finished):
         assert run["mean"] == pytest.approx(test.mean().item(), abs=1e-3)
         assert run["std"] == pytest.approx(test.std().item(), abs=1e-3)
         for seed in run["seeds"]:  # the log agrees, and the best epoch was kept
-            mine = [
-                r for r in rows if (r["run"], r["seed"]) == (label, str(seed["seed"]))
-            ]
+            mine = [r for r in rows if (r["run"], r["seed"]) == (label, str(seed["seed"]))]
             logged = [float(row["val_accuracy"]) for row in mine]
             assert len(logged) == seed["epochs"] == 4
             assert seed["val_accuracy"] == max(logged) == logged[seed["best_epoch"] - 1]
@@ -106,10 +104,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(stop, finished, mnist_folder, tmp
             del seed["seconds"]
     assert whole == resumed
     for path in finished[0].glob("*.pt"):
-        first, second = (
-            torch.load(folder / path.name, weights_only=True)
-            for folder in (finished[0], tmp_path)
-        )
+        first, second = (torch.load(folder / path.name, weights_only=True) for folder in (finished[0], tmp_path))
         for key in first["best"]:
             assert torch.equal(first["best"][key], second["best"][key])
         assert first["history"]["step_losses"] == second["history"]["step_losses"]
@@ -127,9 +122,7 @@ def test_a_fresh_run_forgets_older_checkpoints(finished, mnist_folder, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(q1_baseline, "train", lambda *_: sys.exit("enough"))
         with pytest.raises(SystemExit, match="enough"):
-            q1_baseline.main(
-                f"--data-dir {mnist_folder} --out-dir {tmp_path} --seeds 2".split()
-            )
+            q1_baseline.main(f"--data-dir {mnist_folder} --out-dir {tmp_path} --seeds 2".split())
     assert not list(tmp_path.glob("*.pt"))
 
 
@@ -155,9 +148,7 @@ def test_every_plot_of_the_stand_in_is_marked(tiny, tmp_path, monkeypatch):
 @needs_mnist
 def test_q1_learns_real_mnist(tmp_path):
     arguments = f"--data-dir {MNIST_DIR.resolve()} --limit 4000 --epochs 2"
-    code, _, err = run_script(
-        "q1_baseline.py", f"{arguments} --out-dir .", cwd=tmp_path
-    )
+    code, _, err = run_script("q1_baseline.py", f"{arguments} --out-dir .", cwd=tmp_path)
     assert code == 0, err
     found = results(tmp_path)
     sizes = {"train": 4000, "val": 5000, "test": 10_000}
@@ -220,17 +211,13 @@ def test_a_full_disk_is_one_line(mnist_folder, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
     arguments = f"--data-dir {mnist_folder} --out-dir out"
-    code, _, err = run_script(
-        "q1_baseline.py", arguments, cwd=tmp_path, preexec_fn=limit
-    )
+    code, _, err = run_script("q1_baseline.py", arguments, cwd=tmp_path, preexec_fn=limit)
     assert code == 1 and re.fullmatch(r"cannot write .*seed0\.pt: .*\n", err)
     left = [path.name for path in (tmp_path / "out").iterdir()]
     assert left == ["q1_baseline_samples.png"]
 
 
-def test_a_single_image_is_enough_and_no_mistake_is_no_trouble(
-    tiny, mnist_folder, tmp_path
-):
+def test_a_single_image_is_enough_and_no_mistake_is_no_trouble(tiny, mnist_folder, tmp_path):
     arguments = f"--data-dir {mnist_folder} --out-dir {tmp_path} --limit 1 --epochs 1"
     q1_baseline.main(arguments.split())
     check_outputs(tmp_path, seeds=1)
@@ -259,14 +246,6 @@ def test_help_names_the_claim_and_the_options(script, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(ROOT / script, run_name="__main__")
     said = capsys.readouterr().out
-    for word in (
-        "Expect",
-        "Why",
-        "Run",
-        "--epochs",
-        "--seeds",
-        "--device",
-        "--out-dir",
-    ):
+    for word in ("Expect", "Why", "Run", "--epochs", "--seeds", "--device", "--out-dir"):
         assert word in said
     assert end.value.code == 0 and "None" not in said

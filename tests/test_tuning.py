@@ -48,10 +48,7 @@ def whole(mnist_folder, tmp_path_factory):
 def test_what_a_sweep_leaves(whole):
     folder, out = whole
     names = [*(f"_{plot}.png" for plot in PLOTS), ".csv", ".json", "_study.csv"]
-    assert {p.name for p in folder.iterdir()} == {
-        *(f"q3_tuning{name}" for name in names),
-        "q3_tuning_trials",
-    }
+    assert {p.name for p in folder.iterdir()} == {*(f"q3_tuning{name}" for name in names), "q3_tuning_trials"}
     runs, log, study = results_in(folder)
     assert {"published", "SGD 0.01", "published, constant rate"} < set(runs)
     final = [name for name in runs if name.endswith(", final")]
@@ -66,9 +63,7 @@ def test_what_a_sweep_leaves(whole):
     assert "published: SGD reaches about 99 %" in out
 
 
-def test_one_process_and_other_test_labels_end_in_the_same_choice(
-    whole, mnist_folder, tmp_path
-):
+def test_one_process_and_other_test_labels_end_in_the_same_choice(whole, mnist_folder, tmp_path):
     folder = write_mnist(tmp_path / "poisoned")
     path = folder / "MNIST" / "raw" / common.MNIST_FILES[3]
     content = bytearray(path.read_bytes())
@@ -91,11 +86,7 @@ def torchrun(arguments, cwd, *more, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", *more, ROOT / SMALL]
     with open(cwd / "log", "a") as log:
         return subprocess.Popen(
-            [*command, *arguments.split()],
-            cwd=cwd,
-            stdout=log,
-            stderr=log,
-            env=ONE_THREAD | environment,
+            [*command, *arguments.split()], cwd=cwd, stdout=log, stderr=log, env=ONE_THREAD | environment
         )
 
 
@@ -112,10 +103,7 @@ def two_machines(rank, port):
 def test_two_machines_end_in_the_same(whole, mnist_folder, tmp_path):
     attempts, port = tmp_path / "attempts", free_port()
     arguments = f"--data-dir {mnist_folder} --out-dir out {QUICK}"
-    processes = [
-        torchrun(arguments, tmp_path, *two_machines(rank, port), ATTEMPTS=str(attempts))
-        for rank in (0, 1)
-    ]
+    processes = [torchrun(arguments, tmp_path, *two_machines(rank, port), ATTEMPTS=str(attempts)) for rank in (0, 1)]
     for process in processes:
         assert process.wait(170) == 0, (tmp_path / "log").read_text()
     assert results_in(tmp_path / "out") == results_in(whole[0])
@@ -137,10 +125,7 @@ def wait_for_trials(folder, count, process):
 
 def children_of(process, pattern):
     found = subprocess.run(
-        ["pgrep", "-P", str(process.pid), "-f", pattern],
-        capture_output=True,
-        text=True,
-        check=False,
+        ["pgrep", "-P", str(process.pid), "-f", pattern], capture_output=True, text=True, check=False
     )
     return [int(pid) for pid in found.stdout.split()]
 
@@ -165,9 +150,7 @@ def alive(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker with pgrep")
-def test_killed_sweep_takes_its_workers_along_and_goes_on(
-    whole, mnist_folder, tmp_path
-):
+def test_killed_sweep_takes_its_workers_along_and_goes_on(whole, mnist_folder, tmp_path):
     arguments = f"--data-dir {mnist_folder} --out-dir out --workers 2 {QUICK}"
     endless = ONE_THREAD | {"ENDLESS": "Xavier"}
     with start_script(SMALL, arguments, tmp_path, env=endless) as process:
@@ -219,9 +202,7 @@ def test_trials_of_workers_that_die_are_tried_twice(whole, mnist_folder, tmp_pat
 
 
 def test_script_itself(mnist_folder, tmp_path):
-    arguments = (
-        f"--data-dir {mnist_folder} --out-dir out --epochs 1 --seed 3 --limit 40"
-    )
+    arguments = f"--data-dir {mnist_folder} --out-dir out --epochs 1 --seed 3 --limit 40"
     code, out, err = run_script("q3_tuning.py", arguments, cwd=tmp_path)
     assert code == 0, err
     study = list(csv.DictReader((tmp_path / "out/q3_tuning_study.csv").open()))
@@ -300,10 +281,7 @@ def test_diverged_trial_is_a_result(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
-    [
-        ("--workers -1", 2, "'-1' is not a whole number of at least 0"),
-        ("--resume", 1, "cannot resume: there is no"),
-    ],
+    [("--workers -1", 2, "'-1' is not a whole number of at least 0"), ("--resume", 1, "cannot resume: there is no")],
 )
 def test_bad_input_is_one_line(arguments, code, words, mnist_folder, tmp_path):
     arguments += f" --data-dir {mnist_folder} --out-dir out"
@@ -319,8 +297,7 @@ def results_of(*accuracies):
     return [
         {
             "history": {
-                "rows": [{"epoch": 1, "val_accuracy": 5.0}]
-                + [{"epoch": 2, "val_accuracy": accuracy}],
+                "rows": [{"epoch": 1, "val_accuracy": 5.0}] + [{"epoch": 2, "val_accuracy": accuracy}],
                 "best_epoch": 2,
             }
         }

@@ -31,11 +31,7 @@ def test_affine_agrees_with_torchvision_image_by_image(images):
     for i, image in enumerate(images):
         where = {"translate": shift[i].tolist(), "scale": scale[i].item()}
         theirs = oracle.affine(
-            image,
-            angle[i].item(),
-            **where,
-            shear=[0.0, 0.0],
-            interpolation=InterpolationMode.BILINEAR,
+            image, angle[i].item(), **where, shear=[0.0, 0.0], interpolation=InterpolationMode.BILINEAR
         )
         torch.testing.assert_close(ours[i], theirs, atol=0.01, rtol=0)  # of 255
 
@@ -90,16 +86,13 @@ NETWORKS = {
     variant4.squeeze_cnn: [80, 1_168, 136, 1_168, 272, 4_640, 1_056, 15_690],
     variant5.mnist_net_1: [72, 1_152, 2_304, 128, 576, 576, 1_152, 160, 2_500],
     variant5.mnist_net_2: [72, 16, 1152, 32, 128, 1152, 32, 2304, 32, 2304, 32, 160],
-    variant5.mnist_net_3: [72, 16, 1152, 32, 128, 16]
-    + [864, 24, 1_728, 32, 2_304, 32, 160],
+    variant5.mnist_net_3: [72, 16, 1152, 32, 128, 16] + [864, 24, 1_728, 32, 2_304, 32, 160],
 }
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_layers_are_the_published_ones(network):
-    rows = [
-        parameters for _, _, parameters in common.layer_table(network()) if parameters
-    ]
+    rows = [parameters for _, _, parameters in common.layer_table(network()) if parameters]
     assert rows == NETWORKS[network]
 
 
@@ -129,13 +122,9 @@ SCRIPTS = {
     "variant2_batchnorm_gap": ["BatchNorm and GAP"],
     "variant3_advanced_combo": ["published recipe", "improved recipe"],
     "variant4_under_25k": [
-        f"{name}{improved}"
-        for improved in ("", " improved")
-        for name in ("narrow-head", "squeeze")
+        f"{name}{improved}" for improved in ("", " improved") for name in ("narrow-head", "squeeze")
     ],
-    "variant5_under_10k": [
-        f"MnistNet_{i}{improved}" for improved in ("", " improved") for i in (1, 2, 3)
-    ],
+    "variant5_under_10k": [f"MnistNet_{i}{improved}" for improved in ("", " improved") for i in (1, 2, 3)],
 }
 
 
@@ -157,17 +146,13 @@ def test_script_leaves_its_reports(stem, mnist_folder, tmp_path):
 
 
 def test_first_epoch_names_the_first_epoch_that_reached_the_goal():
-    rows = [
-        {"epoch": e, "val_accuracy": a} for e, a in ((1, 98.0), (2, 99.0), (3, 98.5))
-    ]
+    rows = [{"epoch": e, "val_accuracy": a} for e, a in ((1, 98.0), (2, 99.0), (3, 98.5))]
     history = common.History({}, 0, rows)
     assert common.first_epoch(history, 99) == "first in epoch 2"
     assert common.first_epoch(history, 99.4) == "never"
 
 
-def test_only_trains_one_network_resumes_it_and_names_all_if_there_is_no_such_one(
-    mnist_folder, tmp_path, capsys
-):
+def test_only_trains_one_network_resumes_it_and_names_all_if_there_is_no_such_one(mnist_folder, tmp_path, capsys):
     arguments = f"--data-dir {mnist_folder} --out-dir {tmp_path} --epochs 1".split()
     variant4.main([*arguments, "--only", "squeeze"])
     results = (tmp_path / "variant4_under_25k.json").read_text()
