@@ -17,8 +17,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
-import platform
 import re
 import signal
 import statistics
@@ -89,49 +87,31 @@ def write_file(path, content: bytes):
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-def number(kind, least):
-    """An argparse type: finite numbers of this kind, of at least `least`."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if least <= value < math.inf:
-            return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} of at least {least}")
-
-    return parse
-
-
 def make_parser(script: Path, doc: str, names: list[str], seeds: int) -> argparse.ArgumentParser:
     """The parser of every script; --only selects one of `names`, `seeds` are trained by default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{script.name}: {message}\n")
-    add, whole = parser.add_argument, number(int, 1)
-    add("--epochs", type=whole, metavar="N", help="at most, of every run (each run's own)")
-    add("--batch-size", type=whole, metavar="N", help="of every run (each run's own)")
-    add("--lr", type=number(float, 1e-12), metavar="X", help="learning rate of every run (each run's own)")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--seed", type=number(int, 0), metavar="K", help="train seed K only")
-    which.add_argument("--seeds", type=whole, metavar="N", default=seeds, help=f"train seeds 0 to N-1 ({seeds})")
+    add = parser.add_argument
+    add("--epochs", type=int, help="at most, of every run (each run's own)")
+    add("--batch-size", type=int, help="of every run (each run's own)")
+    add("--lr", type=float, help="learning rate of every run (each run's own)")
+    add("--seed", type=int, help="train this seed only")
+    add("--seeds", type=int, help=f"train seeds 0, 1, .. SEEDS-1 ({seeds})")
     add("--only", choices=names, metavar="NAME", help=f"train one of: {'; '.join(names)}")
-    add("--workers", type=whole, metavar="N", help="runs trained side by side (one for each core; 1 on a GPU)")
-    add("--threads", type=whole, metavar="N", help="of each run (the cores divided by the workers)")
+    add("--workers", type=int, help="runs trained side by side (one for each core; 1 on a GPU)")
+    add("--threads", type=int, help="of each run (the cores divided by the workers)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     add("--data", choices=["auto", "mnist", "synthetic"], default="auto")
-    data_dir = os.environ.get("MNIST_DIR") or ROOT / "data"
-    add("--data-dir", type=Path, default=data_dir, metavar="DIR", help="($MNIST_DIR, or data/)")
-    add("--out-dir", type=Path, default=script.parent, metavar="DIR", help="(beside the script)")
-    add("--limit", type=whole, metavar="N", help="train on the first N images")
+    add("--data-dir", type=Path, default=os.environ.get("MNIST_DIR") or ROOT / "data", help="($MNIST_DIR, or data/)")
+    add("--out-dir", type=Path, default=script.parent, help="(beside the script)")
+    add("--limit", type=int, help="train on the first LIMIT images")
     add("--resume", action="store_true", help="continue what a stopped start has left")
     return parser
 
 
 def parse_args(script, doc, runs, argv=None, *, seeds=1, count=None) -> argparse.Namespace:
-    """Parse the command line of the script in the file `script`, whose runs are {name: configuration}; set up. A
-    script that derives its runs from these says how many there are (`count`).
+    """Parse the command line of a script with these runs, {name: configuration} (or `count` of them), and set up.
 
     Returns the options with runs (those to train, overrides applied), seeds (a list), device (torch.device),
     precision ("fp32" or "bf16"), workers, threads, script (its path in the project), stem (the path that its
@@ -141,6 +121,12 @@ def parse_args(script, doc, runs, argv=None, *, seeds=1, count=None) -> argparse
     networks = [config["network"] for config in runs.values() if "network" in config]
     parser = make_parser(script, doc, list(dict.fromkeys([*networks, *runs])), seeds)
     args = parser.parse_args(argv)
+    for option in ("epochs", "batch_size", "lr", "seed", "seeds", "workers", "threads", "limit"):
+        value, least = getattr(args, option), 0 if option == "seed" else 1e-9 if option == "lr" else 1
+        if value is not None and not least <= value < math.inf:
+            parser.error(f"--{option.replace('_', '-')} {value}: not a number from {least} on")
+    if args.seed is not None and args.seeds is not None:
+        parser.error("--seed and --seeds exclude each other")
     overrides = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
     overrides = {key: value for key, value in overrides.items() if value is not None}
     args.runs = {
@@ -149,7 +135,7 @@ def parse_args(script, doc, runs, argv=None, *, seeds=1, count=None) -> argparse
         if args.only in (None, name, config.get("network"))
     }
     args.unchanged = not (overrides or args.only or args.limit)
-    args.seeds = list(range(args.seeds)) if args.seed is None else [args.seed]
+    args.seeds = list(range(args.seeds or seeds)) if args.seed is None else [args.seed]
     if args.device == "auto":
         args.device = available_devices()[0]
     if args.device not in available_devices():
@@ -183,19 +169,15 @@ MNIST_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in 
 
 
 class Split(NamedTuple):
-    """`images` uint8 (N, 1, 28, 28) and `labels` int64 (N,), on one device."""
-
-    images: Tensor
-    labels: Tensor
+    images: Tensor  # uint8 (N, 1, 28, 28)
+    labels: Tensor  # int64 (N,)
 
 
 class Dataset(NamedTuple):
-    """Three splits, and a name: "MNIST" or "synthetic digits". What trains gets no test split."""
-
     train: Split
     val: Split
-    test: Split | None
-    name: str
+    test: Split | None  # None for what trains
+    name: str  # "MNIST" or "synthetic digits"
 
 
 def first(split: Split, count: int | None) -> Split:
@@ -328,51 +310,17 @@ def random_affine(images: Tensor, generator: torch.Generator, degrees=(), shift=
     return affine(images, angle, shift * uniform(2), 1 + scale * uniform())
 
 
-# ---- Models: chains of layers ----------------------------------------------------------------------------------------
-def baseline_cnn(dropout: float = 0.5) -> nn.Sequential:
-    """The baseline: (B, 1, 28, 28) -> logits (B, 10), with 421,642 parameters.
-
-    Max-pool stands before ReLU: the two commute, and ReLU has a quarter of the work.
-    """
-    return nn.Sequential(
-        *[nn.Conv2d(1, 32, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()],  # -> (B, 32, 14, 14)
-        *[nn.Conv2d(32, 64, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()],  # -> (B, 64, 7, 7)
-        nn.Flatten(),  # -> (B, 3136)
-        *[nn.Linear(3136, 128), nn.ReLU(), nn.Dropout(dropout)],
-        nn.Linear(128, 10),
-    )
-
-
-def advanced_combo_cnn(dropout: float = 0.5) -> nn.Sequential:
-    """AdvancedComboCNN: kernels of 5, 3 and 1, BatchNorm, LeakyReLU and global average pooling; (B, 1, 28, 28) ->
-    logits (B, 10), with 29,386 parameters. He initialisation (He et al. 2015, arXiv:1502.01852)."""
-    model = nn.Sequential(
-        *[nn.Conv2d(1, 32, 5), nn.BatchNorm2d(32), nn.MaxPool2d(2), nn.LeakyReLU()],  # -> (B, 32, 12, 12)
-        *[nn.Conv2d(32, 64, 3), nn.BatchNorm2d(64), nn.MaxPool2d(2), nn.LeakyReLU()],  # -> (B, 64, 5, 5)
-        *[nn.Conv2d(64, 128, 1), nn.BatchNorm2d(128), nn.LeakyReLU()],
-        *[nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout)],  # -> (B, 128)
-        nn.Linear(128, 10),
-    )
-    for layer in model:
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, a=0.01, nonlinearity="leaky_relu")
-    return model
-
-
+# ---- Networks --------------------------------------------------------------------------------------------------------
 def count_parameters(model: nn.Module) -> int:
     """Number of trainable scalars."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def layer_outputs(model: nn.Module, x: Tensor):
-    """Yield (layer, its output for `x`) along a chain; a module that branches is one layer."""
-    if not isinstance(model, nn.Sequential):
-        yield model, model(x)
-        return
-    for part in model:
-        for layer, output in layer_outputs(part, x):
-            x = output
-            yield layer, x
+    """Yield (layer, its output for `x`) along a chain of layers; any other module counts as one layer."""
+    for layer in model if isinstance(model, nn.Sequential) else [model]:
+        x = layer(x)
+        yield layer, x
 
 
 def print_layers(model: nn.Module):
@@ -390,24 +338,15 @@ CHECKS = 20  # times an epoch that the loss is read back: to show progress, and 
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """uint8 images (N, 1, 28, 28) -> logits (N, 10), in evaluation mode and fp32."""
+def evaluate(model: nn.Module, split: Split) -> tuple[float, float, Tensor]:
+    """Mean cross-entropy, accuracy in percent, and logits (N, 10); in evaluation mode and fp32. Sums over all images
+    are divided once by N. Changes neither the model nor any random state."""
     training = model.training
     model.eval()
-    logits = [model(normalize(part)) for part in images.split(EVAL_BATCH)]
+    logits = torch.cat([model(normalize(part)) for part in split.images.split(EVAL_BATCH)])
     model.train(training)
-    return torch.cat(logits)
-
-
-def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy in percent; changes neither the model nor any random state."""
-    return compute_score(predict(model, split.images), split.labels)
-
-
-def compute_score(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Logits (N, 10), labels (N,) -> loss and accuracy: sums over all images, divided once by N."""
-    loss = F.cross_entropy(logits, labels, reduction="sum").item() / len(labels)
-    return loss, 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
+    loss = F.cross_entropy(logits, split.labels, reduction="sum").item() / len(split.labels)
+    return loss, 100 * (logits.argmax(1) == split.labels).sum().item() / len(split.labels), logits
 
 
 @dataclass
@@ -459,7 +398,7 @@ def fit(
         best = restore_training(checkpoint, identity, parts, history)
     elif checkpoint:
         save_training(checkpoint, identity, parts, history, best)
-    while not is_over(history, epochs, patience):
+    while not history.diverged and len(history.rows) < min(epochs, history.best_epoch + (patience or epochs)):
         started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
         drawn = batches(data.train, batch_size, order, augment and (lambda images: augment(images, noise)))
         steps = math.ceil(len(data.train.labels) / batch_size)
@@ -467,8 +406,11 @@ def fit(
         val = evaluate(model, data.val)
         row = {"epoch": len(history.rows) + 1, "train_loss": train[0], "train_accuracy": train[1]}
         row |= {"val_loss": val[0], "val_accuracy": val[1], "lr": lr, "seconds": time.perf_counter() - started}
-        if add_epoch(history, row, losses):
-            best = copy.deepcopy(model.state_dict())
+        history.rows.append(row)
+        history.step_losses += losses
+        history.diverged = not math.isfinite(train[0])
+        if row["epoch"] == max(history.rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))["epoch"]:
+            history.best_epoch, best = row["epoch"], copy.deepcopy(model.state_dict())
         if checkpoint:
             save_training(checkpoint, identity, parts, history, best)
         progress(images, log_line(history, epochs))
@@ -505,32 +447,12 @@ def train_epoch(model, batches, steps, optimizer, scheduler, precision, progress
     return torch.stack(losses).tolist(), (total.item() / seen, 100 * correct.item() / seen), unreported
 
 
-def is_over(history: History, epochs: int, patience: int | None) -> bool:
-    """Whether a training has diverged, has had all its epochs, or has waited too long for a better one."""
-    waited = len(history.rows) - history.best_epoch
-    return history.diverged or len(history.rows) >= epochs or (patience is not None and waited >= patience)
-
-
-def add_epoch(history: History, row: dict, losses: list[float]) -> bool:
-    """Add an epoch to the history; whether it is the best so far."""
-    history.rows.append(row)
-    history.step_losses += losses
-    history.diverged = not math.isfinite(row["train_loss"])
-    ranks = [(row["val_accuracy"], -row["val_loss"]) for row in history.rows]
-    is_best = len(ranks) == 1 or ranks[-1] > ranks[history.best_epoch - 1]
-    if is_best:
-        history.best_epoch = len(ranks)
-    return is_best
-
-
 def log_line(history: History, epochs: int) -> str:
     """The last epoch as a line of the log."""
     row = history.rows[-1]
-    line = f"epoch {row['epoch']:>2}/{epochs}"
-    for part in ("train", "val"):
-        line += f"  {part} loss {row[f'{part}_loss']:.4f} accuracy {row[f'{part}_accuracy']:.2f} %"
-    end = "DIVERGED" if history.diverged else "best" if history.best_epoch == row["epoch"] else ""
-    return f"{line}  lr {row['lr']:.2g}  {row['seconds']:.1f} s  {end}".rstrip()
+    end = "  DIVERGED" if history.diverged else "  best" if history.best_epoch == row["epoch"] else ""
+    texts = [f"{p} loss {row[f'{p}_loss']:.4f} accuracy {row[f'{p}_accuracy']:.2f} %" for p in ("train", "val")]
+    return f"epoch {row['epoch']:>2}/{epochs}  {'  '.join(texts)}  lr {row['lr']:.2g}  {row['seconds']:.1f} s{end}"
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -571,7 +493,7 @@ def load_checkpoint(path: Path, identity: dict, content: bytes | None = None) ->
         source = io.BytesIO(path.read_bytes() if content is None else content)
         state = torch.load(source, map_location="cpu", weights_only=True)
         saved = state["identity"]
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, KeyError, TypeError):
+    except Exception:  # torch and pickle raise many kinds
         sys.exit(f"cannot resume: {path} is truncated or not a checkpoint of this project")
     for key, now in identity.items():
         if saved.get(key) != now:
@@ -582,17 +504,20 @@ def load_checkpoint(path: Path, identity: dict, content: bytes | None = None) ->
 
 # ---- Engine: all runs of a script, side by side, each scored on the test split once ----------------------------------
 class Run(NamedTuple):
-    """One training. `identity` is all that its result depends on, `path` its checkpoint. Of the configuration the
-    engine itself reads "epochs" and "images", the first N to train on."""
+    """One training. Of the configuration the engine itself reads "epochs" and "images", the first N to train on."""
 
     name: str
-    config: dict
+    config: dict  # flat, says everything
     seed: int
-    identity: dict
-    path: Path
+    identity: dict  # all that the result depends on
+    folder: str  # of the checkpoints
 
     def __str__(self):
         return f"{self.name}, seed {self.seed}"
+
+    @property
+    def path(self):
+        return Path(self.folder) / f"{re.sub(r'[^\w.,+]+', '-', self.name)}_seed{self.seed}.pt"
 
 
 @dataclass
@@ -607,13 +532,6 @@ class Result:
     test_logits: Tensor | None = None
 
 
-def make_run(folder: Path, environment: dict, name: str, config: dict, seed: int, test: bool) -> Run:
-    """`environment`: what a result depends on beside its configuration; `test`: whether it has a test accuracy."""
-    config = json.loads(json.dumps(config))  # as another machine gets it: tuples become lists
-    identity = {"run": name, "seed": seed, **config, **environment, "test": test}
-    return Run(name, config, seed, identity, folder / f"{re.sub('[^A-Za-z0-9.,+]+', '-', name)}_seed{seed}.pt")
-
-
 def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> dict[str, list[Result]]:
     """Train all runs of `configs` (default: args.runs) with all `seeds` (args.seeds): {name: results of its seeds}.
 
@@ -621,17 +539,18 @@ def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> 
     split. That is evaluated here only, once for each run, with the weights that were kept (test=False: not at all).
     Processes train side by side: args.workers of this machine or, under torchrun, all ranks, of which only the first
     returns. If a run raises, or ends its process twice, the others go on, and then the exit code is 1.
-    Ctrl-C: log and curves so far, exit code 130.
     """
     environment = {"data": 0, "device": args.device.type, "threads": args.threads, "precision": args.precision}
     for tensor in itertools.chain(*data[:3]):
         environment["data"] = zlib.crc32(tensor.cpu().contiguous().numpy(), environment["data"])
-    folder = Path(f"{args.stem}_runs")
-    make = functools.partial(make_run, folder, environment)
+    folder, configs, runs = Path(f"{args.stem}_runs"), args.runs if configs is None else configs, []
+    work = train, data, environment, str(folder)
     if RANK:
-        serve(f"rank {RANK}", torchrun_store()[0], train, data, make)  # to the end of this process
-    configs = args.runs if configs is None else configs
-    runs = [make(name, config, seed, test) for name, config in configs.items() for seed in seeds or args.seeds]
+        serve(f"rank {RANK}", torchrun_store()[0], *work)  # to the end of this process
+    for name, seed in itertools.product(configs, seeds or args.seeds):
+        config = json.loads(json.dumps(configs[name]))  # as another machine gets it: tuples become lists
+        identity = {"run": name, "seed": seed, **config, **environment, "test": test}
+        runs.append(Run(name, config, seed, identity, str(folder)))
     if args.resume and not any(folder.glob("*.pt")):
         sys.exit(f"cannot resume: there is nothing in {folder}; run without --resume")
     resume, results = args.resume or (TORCHRUN and torchrun_store()[1] > 1), {}
@@ -644,21 +563,19 @@ def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> 
     how = f"{args.workers} at a time, {args.threads} thread(s) each, {args.device.type}, {args.precision}"
     print(f"{data.name}: {len(left)} of {len(runs)} runs to train, {how}", flush=True)
     try:
-        failures = train_runs(train, args, data, make, left, resume, results)
+        failures = train_runs(work, args, left, resume, results)
     except KeyboardInterrupt:
-        save_unfinished(runs, args.stem, data.name, "Interrupted: the epochs so far")
+        save_unfinished(runs, args.stem, data.name)
         print(f"interrupted; --resume continues what is in {folder}", flush=True)
         sys.exit(130)
     if failures:
-        failed = f"{len(failures)} of {len(runs)} runs failed"
-        save_unfinished(runs, args.stem, data.name, failed)
-        sys.exit(f"{failed}, no results are reported: {'; '.join(failures)}")
+        sys.exit(f"{len(failures)} of {len(runs)} runs failed, no results are reported: {'; '.join(failures)}")
     return {name: [results[str(run)] for run in runs if run.name == name] for name in configs}
 
 
-def train_runs(train, args, data, make, runs: list[Run], resume: bool, results: dict) -> list[str]:
+def train_runs(work, args, runs: list[Run], resume: bool, results: dict) -> list[str]:
     """Train `runs`, with one progress bar; adds to `results`, by run, and returns lines of what failed."""
-    failures = []
+    failures, (train, data, *_) = [], work
     sizes = {str(run): run.config["epochs"] * len(data.train.labels[: run.config.get("images")]) for run in runs}
     with tqdm(total=sum(sizes.values()), unit=" images", unit_scale=True, disable=None, leave=False) as bar:
 
@@ -671,7 +588,7 @@ def train_runs(train, args, data, make, runs: list[Run], resume: bool, results: 
         if args.workers == 1 and not TORCHRUN:
             outcomes = ((run, train_run(train, data, run, resume, show)) for run in runs)
         else:
-            outcomes = train_apart(train, args, data, make, runs, resume, show)
+            outcomes = train_apart(work, args, runs, resume, show)
         for run, outcome in outcomes:
             if isinstance(outcome, str):
                 failures.append(f"{run}: {outcome}")
@@ -680,7 +597,8 @@ def train_runs(train, args, data, make, runs: list[Run], resume: bool, results: 
             results[str(run)] = result = load_result(run, outcome)
             bar.total -= sizes[str(run)] * (1 - len(result.history.rows) / run.config["epochs"])  # it stopped early
             bar.set_postfix_str(f"{len(results)} runs done")
-            show(0, f"{run}: " + ", ".join(f"{k} {v:.2f} %" for k, v in result.scores.items() if "accuracy" in k))
+            accuracies = [f"{key} {value:.2f} %" for key, value in result.scores.items() if "accuracy" in key]
+            show(0, f"{run}: {', '.join(accuracies)}")
     return failures
 
 
@@ -692,11 +610,16 @@ def train_run(train, data: Dataset, run: Run, resume: bool, show) -> bytes | str
     try:
         run.path.parent.mkdir(exist_ok=True)
         model, history = train(run.config, data._replace(test=None), run.seed, **settings)
-        scores, logits = score_run(model, history, run, data)
+        scores, logits = {"seed": run.seed}, None
+        if run.identity["test"]:
+            scores["test_loss"], scores["test_accuracy"], logits = evaluate(model, data.test)
+            scores["train_accuracy"], logits = evaluate(model, data.train)[1], logits.cpu()
     except Exception as error:  # of the script or of torch; the other runs go on
         place = traceback.extract_tb(error.__traceback__)[-1]
         message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return f"{message} ({Path(place.filename).name}, line {place.lineno})"
+    scores |= {"val_accuracy": history.val_accuracy, "epochs": len(history.rows), "best_epoch": history.best_epoch}
+    scores |= {"seconds": sum(row["seconds"] for row in history.rows), "health": history.health}
     result = asdict(Result(run.config, run.seed, count_parameters(model), history, scores, logits))
     write_file(run.path, pack(run.identity, result=result, best=model.state_dict()))
     return pack(run.identity, result=result)
@@ -708,21 +631,7 @@ def load_result(run: Run, content: bytes | None = None) -> Result | None:
     return result and Result(**{**result, "history": History(**result["history"])})
 
 
-def score_run(model: nn.Module, history: History, run: Run, data: Dataset) -> tuple[dict, Tensor | None]:
-    """The entry of the results file for the kept weights, and their logits for the test images."""
-    logits, scores = None, {"seed": run.seed, "val_accuracy": history.val_accuracy}
-    if run.identity["test"]:
-        logits = predict(model, data.test.images)
-        scores["test_loss"], scores["test_accuracy"] = compute_score(logits, data.test.labels)
-        scores["train_accuracy"] = evaluate(model, data.train)[1]
-        scores["most_confused"] = most_confused(count_confusions(logits, data.test.labels))
-        logits = logits.cpu()
-    seconds = sum(row["seconds"] for row in history.rows)
-    scores |= {"epochs": len(history.rows), "best_epoch": history.best_epoch, "seconds": seconds}
-    return scores | {"health": history.health}, logits
-
-
-def save_unfinished(runs: list[Run], stem: Path, dataset: str, title: str):
+def save_unfinished(runs: list[Run], stem: Path, dataset: str):
     """Log and curves of the finished epochs of all runs; no results file."""
     results = {}
     for run in [run for run in runs if run.path.exists()]:
@@ -732,12 +641,12 @@ def save_unfinished(runs: list[Run], stem: Path, dataset: str, title: str):
             results.setdefault(run.name, []).append(Result(run.config, run.seed, 0, history, {}))
     if results:
         write_log(f"{stem}.csv", results)
-        save_figure(f"{stem}_curves.png", plot_curves(results), title, dataset)
+        save_figure(f"{stem}_curves.png", plot_curves(results), "Interrupted: the epochs so far", dataset)
 
 
-# Workers, processes of this machine and ranks of torchrun alike, draw numbers of a list of runs from a store of
-# torch.distributed, claim that run and leave its result there. The first process makes the list, and another one of
-# the runs whose worker has ended since. Keys hold the identity of a run, so that no result can be taken for another.
+# Workers, processes of this machine and ranks of torchrun alike, look in a store of torch.distributed for the list of
+# runs, claim one and leave its result there. A worker whose process has ended starts again with the run it claimed.
+# Keys and results hold the identity of a run, so that no result can be taken for another.
 @functools.cache
 def torchrun_store():
     """(the store of torchrun's agent, which outlives the ranks; how many times this rank has started)."""
@@ -753,33 +662,32 @@ def torchrun_store():
 
 
 def key_of(what: str, run: Run) -> str:
-    return f"{what} of {json.dumps(run.identity, sort_keys=True)}"
+    world = os.environ.get("WORLD_SIZE", "")  # if torchrun goes on with fewer ranks, old claims are void
+    return f"{what} of {world} {json.dumps(run.identity, sort_keys=True)}"
 
 
-def train_apart(train, args, data: Dataset, make, runs: list[Run], resume: bool, show):
-    """Yield (run, outcome of `train_run`) as workers finish them; a run that ends its process twice has failed."""
+def train_apart(work, args, runs: list[Run], resume: bool, show):
+    """Yield (run, outcome of `train_run`) as workers finish them."""
     from torch.distributed import TCPStore
 
     store = torchrun_store()[0] if TORCHRUN else TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    for tensor in itertools.chain(*data[:3]):
+    for tensor in itertools.chain(*work[1][:3]):
         tensor.share_memory_()  # the processes map it instead of copying it
-    work = (store.host, store.port), args.threads, train, data, make
-    left, tries, processes, listed, code = list(runs), Counter(), {}, None, None
+    context, processes, left = torch.multiprocessing.get_context("spawn"), {}, list(runs)
+    slots = ["rank 0"] if TORCHRUN else [f"worker {i}" for i in range(min(args.workers, len(runs)))]
     images, lines = store.add("images", 0), store.add("lines", 0)
+    store.set("list", json.dumps([(*run[:4], resume) for run in runs]))
     try:
         while left:
-            code = watch_processes(store, work, processes, args.workers) or code
-            if listed is None or store.add(f"drawn of {listed[0]}", 0) >= len(listed[1]):
-                lost = [run for run in left if not is_claimed(store, run)]
-                tries.update(map(str, lost))
-                for run in [run for run in lost if tries[str(run)] > 2]:
-                    left.remove(run)
-                    lost.remove(run)
-                    yield run, f"its process ended twice, the last time with exit code {code}"
-                fields = [(run.name, run.config, run.seed, run.identity["test"]) for run in lost]
-                again = [resume or tries[str(run)] > 1 for run in lost]
-                listed = store.add("lists", 1), list(zip(fields, again, strict=True))
-                store.set("list", json.dumps(listed))
+            for slot in slots:
+                code = processes[slot].exitcode if slot in processes else 0
+                if code is None:
+                    continue
+                if slot in processes and not store.delete_key(f"{slot} is ready"):
+                    sys.exit(f"worker processes end at their start, exit code {code}; --workers 1 needs none")
+                arguments = slot, code, (store.host, store.port), *work
+                processes[slot] = context.Process(target=serve_process, args=arguments, daemon=True)
+                processes[slot].start()
             images, before = store.add("images", 0), images
             show(images - before)
             while store.check([f"line {lines + 1}"]):
@@ -796,66 +704,55 @@ def train_apart(train, args, data: Dataset, make, runs: list[Run], resume: bool,
             process.join()
 
 
-def watch_processes(store, work, processes: dict, count: int) -> int | None:
-    """Start the processes of this machine, by slot, and those again that have ended; returns an exit code of these."""
-    code, context = None, torch.multiprocessing.get_context("spawn")
-    for slot in (f"process {i} of rank {RANK}" for i in range(count)):
-        if slot in processes and processes[slot].exitcode is None:
-            continue
-        if slot in processes:
-            code = processes[slot].exitcode
-            if store.get(slot) == b"starting":
-                sys.exit(f"worker processes end at their start, exit code {code}; --workers 1 needs none")
-        store.set(slot, "starting")
-        processes[slot] = context.Process(target=serve_process, args=(slot, *work), daemon=True)
-        processes[slot].start()
-    return code
-
-
-def is_claimed(store, run: Run) -> bool:
-    """Whether a run has its result, or a worker that has not ended since."""
-    if not store.check([key_of("claim", run)]):
-        return False
-    slot, start = json.loads(store.get(key_of("claim", run)))
-    return store.check([key_of("result", run)]) or store.get(slot).decode() == start
-
-
-def serve_process(slot: str, address, threads: int, train, data: Dataset, make):
-    """A worker process of this machine, which ends when its parent does, even if that was killed."""
+def serve_process(slot: str, code: int, address, train, data: Dataset, environment: dict, folder: str):
+    """A worker process of this machine, after one that ended with exit code `code`. It ends when its parent does."""
     from torch.distributed import TCPStore
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    setup(threads)
-    serve(slot, TCPStore(*address, is_master=False, wait_for_workers=False), train, data, make)
+    setup(environment["threads"])
+    store = TCPStore(*address, is_master=False, wait_for_workers=False)
+    serve(slot, store, train, data, environment, folder, code)
 
 
-def serve(slot: str, store, train, data: Dataset, make):
-    """A worker: train runs of the newest list, until its process is ended or, for ranks, the first rank ends."""
-    start = f"{os.getpid()} {time.time()}"
-    store.set(slot, start)
+def serve(slot: str, store, train, data: Dataset, environment: dict, folder: str, code="unknown"):
+    """A worker: train runs of the list, until its process is ended or, for ranks, the first rank ends."""
 
     def show(images, line):
         store.add("images", images)
         if line:
             store.set(f"line {store.add('lines', 1)}", line)
 
+    store.set(f"{slot} is ready", "")
     while not store.check(["end"]):
-        number, listed = json.loads(store.get("list")) if store.check(["list"]) else (0, [])
-        drawn = store.add(f"drawn of {number}", 1) - 1
-        if drawn >= len(listed):
+        run, resume, again = claim_run(slot, store, environment, folder)
+        if run is None:
             time.sleep(0.1)
             continue
-        fields, resume = listed[drawn]
-        run = make(*fields)
-        store.set(key_of("claim", run), json.dumps((slot, start)))
-        try:
-            outcome = train_run(train, data, run, resume, show)
-        except SystemExit as error:  # a full disk, say
-            outcome = str(error.code)
+        if again and store.add(key_of("ends", run), 1) == 2:
+            outcome = f"its process ended twice, exit code {code}"
+        else:
+            try:
+                outcome = train_run(train, data, run, resume or again, show)
+            except SystemExit as error:  # a full disk, say
+                outcome = str(error.code)
         store.set(key_of("result", run), outcome)
     sys.exit(0)
+
+
+def claim_run(slot: str, store, environment: dict, folder: str):
+    """A run of the list that nobody has claimed, or that this slot has claimed before its process ended (else None);
+    whether to resume it; whether it was claimed before."""
+    for *fields, resume in json.loads(store.get("list")) if store.check(["list"]) else ():
+        run = Run(*fields, folder)
+        if different := [key for key, value in environment.items() if run.identity[key] != value]:
+            sys.exit(f"{slot} has other {' and '.join(different)} than the first process")
+        again = store.check([key_of("claim", run)])
+        claimed = store.compare_set(key_of("claim", run), "", slot).decode() == slot
+        if claimed and not store.check([key_of("result", run)]):
+            return run, resume, again
+    return None, False, False
 
 
 # ---- Health checks: what is wrong with a training that ended ---------------------------------------------------------
@@ -940,12 +837,13 @@ MARKERS = "osD^vPX"
 
 def new_figure(width: float, height: float):
     """An empty matplotlib Figure, sizes in inches."""
-    from matplotlib.figure import Figure  # late: --help need not wait for it
+    import matplotlib.figure  # late: --help need not wait for it
 
-    return Figure(figsize=(width, height), layout="constrained")
+    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3})
+    return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(path: Path | str, figure, title: str, dataset: str) -> None:
+def save_figure(path: Path | str, figure, title: str, dataset: str):
     """Write a figure as PNG with its title, which names the data set if it is not MNIST."""
     title = title if dataset == "MNIST" else f"[{dataset}] {title}"
     figure.suptitle(textwrap.fill(title, int(8.5 * figure.get_figwidth())), fontweight="bold")
@@ -958,127 +856,69 @@ def error_of(accuracy: float) -> float:
     return max(100 - accuracy, 0.01)
 
 
-def logarithmic_axis(axis, label_of=lambda value: value) -> None:
+def logarithmic_axis(axis, label_of=lambda value: value):
     """Make axes.xaxis or axes.yaxis logarithmic, for what is drawn, with few ticks labelled `label_of(value)`."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
     axis._set_axes_scale("log")
     low, high = axis.get_view_interval()
     digits = range(1, 10) if high < 8 * low else (1, 2, 5)
-    axis.set_major_locator(FixedLocator([digit * 10**power for power in range(-5, 4) for digit in digits]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{label_of(value):g}"))
-    axis.set_minor_locator(NullLocator())
+    ticks = [digit * 10**power for power in range(-5, 4) for digit in digits]
+    axis.set_ticks([tick for tick in ticks if low <= tick <= high])
+    axis.set_major_formatter(lambda value, _: f"{label_of(value):g}")
+    axis.set_ticks([], minor=True)
 
 
-def accuracy_axis(axis) -> None:
+def accuracy_axis(axis):
     """Make an axis, on which errors are drawn, one of accuracies: 10 % and 99.5 % are both legible."""
     logarithmic_axis(axis, lambda error: 100 - error)
     axis.set_inverted(True)
 
 
-def label_ends(axes, ends: list[tuple]) -> None:
-    """Write (x, y, text, colour) right of the ends of lines, none over another."""
-    from matplotlib.patheffects import withStroke
-
-    heights = [axes.transData.transform(end[:2])[1] for end in ends]  # in pixels
+def label_ends(axes, ends: list[tuple]):
+    """Write (x, y, text, colour) right of the ends of lines, none over another; with a light grid."""
+    axes.grid(True)
     free = -math.inf
-    for height, (x, y, text, color) in sorted(zip(heights, ends, strict=True)):
+    for height, (x, y, text, color) in sorted((axes.transData.transform(end[:2])[1], end) for end in ends):  # in pixels
         text = textwrap.fill(text.replace(" ", "\xa0").replace(",\xa0", ", "), 30)  # break after commas
         half = 9 * (1 + text.count("\n"))
         middle = max(height, free + half)
         free = middle + half
         place = {"xytext": (10, middle - height), "textcoords": "offset pixels", "va": "center"}
-        axes.annotate(text, (x, y), color=color, path_effects=[withStroke(linewidth=3, foreground="white")], **place)
+        axes.annotate(text, (x, y), color=color, **place)
 
 
 def plot_curves(results: dict[str, list[Result]]):
     """Loss and accuracy by epoch: the mean over the seeds that are still training, in the band from the least to the
     greatest. A single run has a colour each for training and validation; several have one each."""
-    from matplotlib.ticker import MaxNLocator
-
     figure, single = new_figure(12, 5), len(results) == 1
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         ends = []
-        for i, (name, seeds) in enumerate(results.items()):
-            for part, color in (("train", COLORS[i]), ("val", COLORS[i + single])):
-                lines = [[row[f"{part}_{quantity}"] for row in seed.history.rows] for seed in seeds]
-                if quantity == "accuracy":
-                    lines = [[error_of(value) for value in line] for line in lines]
-                columns = [[y for y in column if y is not None] for column in itertools.zip_longest(*lines)]
-                epochs, means = range(1, len(columns) + 1), [statistics.fmean(column) for column in columns]
-                axes.plot(epochs, means, "--" if part == "train" and not single else "-", color=color, lw=2)
-                band = [min(column) for column in columns], [max(column) for column in columns]
-                axes.fill_between(epochs, *band, color=color, alpha=0.15, lw=0)
-                for line, best in [(line, seed.history.best_epoch) for line, seed in zip(lines, seeds, strict=True)]:
-                    if part == "val":
-                        axes.plot(best, line[best - 1], MARKERS[i], fillstyle="none", color=color)
-                if single or part == "val":
-                    label = {"train": "training", "val": "validation"}[part] if single else name
-                    ends.append((len(means), means[-1], label, color))
+        for i, part in itertools.product(range(len(results)), ("train", "val")):
+            name, seeds = list(results.items())[i]
+            color, style = COLORS[i + (single and part == "val")], "-" if single or part == "val" else "--"
+            lines = [[row[f"{part}_{quantity}"] for row in seed.history.rows] for seed in seeds]
+            if quantity == "accuracy":
+                lines = [[error_of(value) for value in line] for line in lines]
+            columns = [[y for y in column if y is not None] for column in itertools.zip_longest(*lines)]
+            epochs, means = range(1, len(columns) + 1), [statistics.fmean(column) for column in columns]
+            axes.plot(epochs, means, style, color=color, lw=2)
+            axes.fill_between(epochs, [*map(min, columns)], [*map(max, columns)], color=color, alpha=0.15, lw=0)
+            if part == "val":
+                best = [seed.history.best_epoch for seed in seeds]
+                kept = [line[epoch - 1] for line, epoch in zip(lines, best, strict=True)]
+                axes.plot(best, kept, MARKERS[i], fillstyle="none", color=color)
+            if single or part == "val":
+                label = {"train": "training", "val": "validation"}[part] if single else name
+                ends.append((len(means), means[-1], label, color))
         accuracy_axis(axes.yaxis) if quantity == "accuracy" else logarithmic_axis(axes.yaxis)
         axes.set(xlabel="epoch", ylabel="accuracy (%)" if quantity == "accuracy" else "loss (cross-entropy, nats)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         label_ends(axes, ends)
     note = "open markers: the epoch whose weights were kept"
     figure.supxlabel(note if single else f"{note}; dashed: training", fontsize=9)
     return figure
 
 
-def plot_sweep(lines: dict[str, list[Result]], key: str, xlabel: str):
-    """Validation accuracy by the value of `key` in the configurations, on a logarithmic axis: for each label a line
-    of means, and points for the seeds."""
-    figure = new_figure(8, 5)
-    axes, ends = figure.subplots(), []
-    for i, (label, results) in enumerate(lines.items()):
-        errors = {}
-        for result in results:
-            errors.setdefault(result.config[key], []).append(error_of(result.history.val_accuracy))
-        means = [statistics.fmean(values) for values in errors.values()]
-        axes.plot(list(errors), means, color=COLORS[i])
-        for value, points in errors.items():
-            axes.plot([value] * len(points), points, MARKERS[i], color=COLORS[i], fillstyle="none")
-        ends.append((list(errors)[-1], means[-1], label, COLORS[i]))
-    accuracy_axis(axes.yaxis)
-    axes.set(xscale="log", xlabel=xlabel, ylabel="validation accuracy (%)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    label_ends(axes, ends)
-    return figure
-
-
-def count_confusions(logits: Tensor, labels: Tensor) -> Tensor:
-    """(10, 10) int64: how often the row's digit was predicted as the column's."""
-    return torch.bincount(10 * labels + logits.argmax(1), minlength=100).view(10, 10).cpu()
-
-
-def most_confused(counts: Tensor, most: int = 5) -> list[dict]:
-    """The most frequent mistakes in a confusion matrix, the most frequent first."""
-    wrong = counts.clone().fill_diagonal_(0).flatten()
-    order = wrong.argsort(descending=True, stable=True)[:most].tolist()
-    return [{"true": i // 10, "predicted": i % 10, "count": wrong[i].item()} for i in order if wrong[i]]
-
-
-def save_confusions(results: dict[str, list[Result]], stem: Path, data: Dataset) -> None:
-    """The confusion matrix of each run, for its seed with the best validation accuracy."""
-    for name, seeds in results.items():
-        figure = new_figure(7, 6.5)
-        axes, counts = figure.subplots(), count_confusions(best_seed(seeds).test_logits, data.test.labels.cpu())
-        wrong = counts.clone().fill_diagonal_(0)  # coloured alone, or the diagonal would hide the mistakes
-        axes.imshow(wrong.numpy(), cmap="Oranges", vmax=max(1, 1.5 * wrong.max().item()))
-        for i, count in enumerate(counts.flatten().tolist()):
-            color = "0.55" if i // 10 == i % 10 else "black"
-            axes.text(i % 10, i // 10, count or "", ha="center", va="center", color=color)
-        axes.set(xlabel="predicted digit", ylabel="true digit", xticks=range(10), yticks=range(10))
-        title = f"{name}: {wrong.sum()} of {counts.sum():,} test digits misclassified"
-        if pairs := most_confused(counts):
-            title += ", most often {true} as {predicted} ({count}x)".format(**pairs[0])
-        what = "confusion" if len(results) == 1 else f"confusion_{name.replace(' ', '-')}"
-        save_figure(f"{stem}_{what}.png", figure, title, data.name)
-
-
-def draw_images(axes, images: Tensor, columns: int, captions: list[str] = ()) -> None:
+def draw_images(axes, images: Tensor, columns: int, captions: list[str] = ()):
     """Images (N, 1, 28, 28) in rows of `columns`, dark on light as on paper, below captions of two short lines."""
     top, rows = (14 if captions else 2), max(1, math.ceil(len(images) / columns))
     tiles = F.pad(images.cpu(), (2, 2, top, 2, 0, 0, 0, rows * columns - len(images)))
@@ -1101,11 +941,6 @@ def test_accuracies(seeds: list[Result]) -> list[float]:
     return [seed.scores["test_accuracy"] for seed in seeds]
 
 
-def best_seed(seeds: list[Result]) -> Result:
-    """The seed with the best validation accuracy, for what shows a single network."""
-    return max(seeds, key=lambda seed: seed.history.val_accuracy)
-
-
 def format_accuracy(values: list[float]) -> str:
     """Accuracies of seeds as "99.27 ± 0.05 % (5 seeds)" or "99.27 % (1 seed)"."""
     mean, std = mean_std(values)
@@ -1117,7 +952,7 @@ def summarize(results: dict[str, list[Result]]) -> str:
     return "; ".join(f"{name} {format_accuracy(test_accuracies(seeds))}" for name, seeds in results.items())
 
 
-def write_csv(path: Path | str, rows: list[dict]) -> None:
+def write_csv(path: Path | str, rows: list[dict]):
     """A table with the keys of the first row as its header; floats have six digits."""
     writer = csv.DictWriter(file := io.StringIO(), rows[0], lineterminator="\n")
     writer.writeheader()
@@ -1125,16 +960,10 @@ def write_csv(path: Path | str, rows: list[dict]) -> None:
     write_file(path, file.getvalue().encode())
 
 
-def write_log(path: Path | str, results: dict[str, list[Result]]) -> None:
+def write_log(path: Path | str, results: dict[str, list[Result]]):
     """The training log: a row for each run and epoch."""
     seeds = [(name, seed) for name, seeds in results.items() for seed in seeds]
     write_csv(path, [{"run": name, "seed": seed.seed, **row} for name, seed in seeds for row in seed.history.rows])
-
-
-def write_trials(path: Path | str, results: list[Result]) -> None:
-    """Runs that only validation compares: a row for each, with its configuration."""
-    accuracies = [{"val_accuracy": r.history.val_accuracy, "diverged": r.history.diverged} for r in results]
-    write_csv(path, [{**r.config, "seed": r.seed, **found} for r, found in zip(results, accuracies, strict=True)])
 
 
 def to_json(value):
@@ -1148,65 +977,39 @@ def to_json(value):
     return value
 
 
-def report(results: dict[str, list[Result]], args, data: Dataset, expected_to_diverge=()) -> None:
-    """Write <stem>.csv and <stem>.json and print the table of results, with the recorded baseline to compare with.
-
-    A run that diverged, unless it is expected to, ends the program with exit code 1 after all is written.
-    """
+def report(results: dict[str, list[Result]], args, data: Dataset, expected_to_diverge=()):
+    """Write <stem>.csv and <stem>.json and print the table of results. A run that diverged, unless it is expected to,
+    ends the program with exit code 1 after all is written."""
     write_log(f"{args.stem}.csv", results)
-    runs = {}
+    sizes = {name: len(getattr(data, name).labels) for name in ("train", "val", "test")}
+    environment = {"python": sys.version.split()[0], "torch": torch.__version__, "device": args.device.type}
+    environment |= {"threads": args.threads, "precision": args.precision}
+    runs, diverged, width = {}, [], max(map(len, results))
+    print(f"\n{data.name}\n{'run':<{width}}  parameters   {'test accuracy':<27}health")
     for name, seeds in results.items():
         mean, std = mean_std(test_accuracies(seeds))
-        scores = [seed.scores for seed in seeds]
-        runs[name] = {"parameters": seeds[0].parameters, "config": seeds[0].config, "seeds": scores}
-        runs[name] |= {"mean": mean, "std": std}
-    sizes = {name: len(getattr(data, name).labels) for name in ("train", "val", "test")}
-    environment = {"python": platform.python_version(), "torch": torch.__version__, "device": args.device.type}
-    environment |= {"threads": args.threads, "precision": args.precision}
+        runs[name] = {"parameters": seeds[0].parameters, "config": seeds[0].config}
+        runs[name] |= {"seeds": [seed.scores for seed in seeds], "mean": mean, "std": std}
+        if name not in expected_to_diverge and any(seed.history.diverged for seed in seeds):
+            diverged.append(name)
+        counts = Counter(alarm for seed in seeds for alarm in seed.history.health)
+        alarms = ", ".join(f"{alarm} ({count}x)" for alarm, count in counts.items()) or "no alarm"
+        accuracy = format_accuracy(test_accuracies(seeds))
+        print(f"{name:<{width}}{seeds[0].parameters:>12,}   {accuracy:<27}{alarms}")
+    print(f"log, results and plots: {args.stem}*")
     contents = {"script": args.script, "data": {"source": data.name, **sizes}, "environment": environment, "runs": runs}
     write_file(f"{args.stem}.json", (json.dumps(to_json(contents), indent=1, ensure_ascii=False) + "\n").encode())
-
-    recorded = ROOT / "q1_baseline.json"
-    if args.script != "q1_baseline.py" and recorded.exists():
-        baseline = json.loads(recorded.read_text(encoding="utf-8"))
-        if baseline["data"] == contents["data"]:
-            runs = {"(Q1 baseline)": baseline["runs"]["baseline"], **runs}
-    width = max(map(len, runs))
-    print(f"\n{data.name}\n{'run':<{width}}  parameters   {'test accuracy':<27}health")
-    for name, run in runs.items():
-        accuracy = format_accuracy([seed["test_accuracy"] for seed in run["seeds"]])
-        counts = Counter(alarm for seed in run["seeds"] for alarm in seed["health"])
-        alarms = ", ".join(f"{alarm} ({count}x)" for alarm, count in counts.items()) or "no alarm"
-        print(f"{name:<{width}}{run['parameters']:>12,}   {accuracy:<27}{alarms}")
-    print(f"log, results and plots: {args.stem}*")
-    diverged = [name for name, seeds in results.items() if any(seed.history.diverged for seed in seeds)]
-    if unexpected := [name for name in diverged if name not in expected_to_diverge]:
-        sys.exit(f"training diverged: {', '.join(unexpected)}; a lower --lr may help")
+    if diverged:
+        sys.exit(f"training diverged: {', '.join(diverged)}; a lower --lr may help")
 
 
-def can_check(args, data: Dataset) -> bool:
-    """Whether a script's claims can be checked: they are about its own runs on all of MNIST."""
-    if args.unchanged and data.name == "MNIST":
-        return True
-    print("not checked: the claims are about the script's own runs on all of MNIST")
-    return False
-
-
-def values_that_learn(results: list[Result], key: str) -> list:
-    """The values of `key` with which all seeds reach more than 50 % validation accuracy."""
-    bad = {result.config[key] for result in results if result.history.val_accuracy <= 50}
-    return [result.config[key] for result in results if result.config[key] not in bad]
-
-
-def check_claims(claims: list[tuple[str, bool]], intended: dict[str, str], results: dict[str, list[Result]]) -> None:
+def check_claims(claims: list[tuple[str, bool]], intended: dict[str, str], results: dict[str, list[Result]]):
     """Print what a script claims and whether it is so; exit code 1 if something is not. `intended` names the alarm
     that every run of a name must set off; the runs of all other names must set off none."""
     for name, seed in [(name, seed) for name, seeds in results.items() for seed in seeds]:
         wanted, found = intended.get(name), seed.history.health
-        claims = [
-            *claims,
-            (f"{name}, seed {seed.seed}: {wanted or 'no alarm'}", wanted in found if wanted else not found),
-        ]
+        holds = wanted in found if wanted else not found
+        claims = [*claims, (f"{name}, seed {seed.seed}: {wanted or 'no alarm'}", holds)]
     for claim, holds in claims:
         print(f"{'yes' if holds else 'NO':<4}{claim}")
     if not all(holds for _, holds in claims):
@@ -1215,9 +1018,8 @@ def check_claims(claims: list[tuple[str, bool]], intended: dict[str, str], resul
 
 
 # ---- Synthetic digits: drawn with a pen, for machines without MNIST --------------------------------------------------
-# Ways to write a digit, as points of a pen's path: two letters are a point, its column and row
-# from a to u in a 21 x 21 grid; "-" lifts the pen. A point named twice in a row is a corner.
-# Points named again are the same point, and move with it.
+# Ways to write a digit, as points of a pen's path: two letters are a point, its column and row from a to u in a 21 x 21
+# grid; "-" lifts the pen. A point named twice in a row is a corner. Points named again are the same, and move together.
 SKELETONS = {
     0: "kaedbkerkuqrtkqdka nbgbchdpjuprsjpdjbhe jaefdmhtntrmpeja oajceieqjupqrindie",
     1: "kakkku lakhknju gflalalklu fflalalklu-euluru",
@@ -1276,15 +1078,14 @@ def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def draw_skeleton(points: Tensor, path: Tensor, count: int, generator) -> Tensor:
-    """Draw one skeleton `count` times, each differently: uint8 (count, 28, 28), framed like
-    MNIST's digits, in a box of 20 pixels with the centre of mass in the middle."""
+    """Draw one skeleton `count` times, each differently: uint8 (count, 28, 28), framed like MNIST's digits, in a box of
+    20 pixels with the centre of mass in the middle."""
 
     def normal(*shape, std=1.0, mean=0.0):
         draws = torch.randn(count, *shape, generator=generator)
         return mean + std * draws.clamp(-2, 2)  # beyond, digits become illegible
 
-    # Handwriting varies in each point (jitter), in the shape as a whole (a smooth polynomial
-    # deformation), and in width, slant and rotation.
+    # Handwriting varies in each point (jitter), as a whole (a polynomial deformation), in width, slant and rotation.
     jitter = normal(len(points), 2, std=0.1) * normal(1, 1, std=0.3).exp()
     pen = path @ ((points - 10) / 10 + jitter)
     x, y = pen.unbind(2)
@@ -1302,9 +1103,8 @@ def draw_skeleton(points: Tensor, path: Tensor, count: int, generator) -> Tensor
     centre = (pen * length.unsqueeze(2)).sum(1) / length.sum(1, keepdim=True)
     pen = pen - centre.unsqueeze(1) + 13.5 + normal(1, 2, std=0.3)
 
-    # Ink by the distance to the path. The sum of exp(-d^2 / 2 s^2) along the path is dominated
-    # by its nearest point, so its logarithm gives the distance; and since the Gaussian separates
-    # into columns and rows, that sum is a product of matrices.
+    # Ink by the distance to the path. The sum of exp(-d^2 / 2 s^2) along the path is dominated by its nearest point, so
+    # its logarithm gives the distance; the Gaussian separates into columns and rows: the sum is a matrix product.
     s, pixel = 0.7, torch.arange(28.0)
     columns, rows = (torch.exp(-(((pixel - pen[:, :, i, None]) / s) ** 2) / 2) for i in (0, 1))
     share = (length / (s * math.sqrt(2 * math.pi))).unsqueeze(2)

@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 import common
+from q2_variants.variant3_advanced_combo import advanced_combo_cnn
 
 PUBLISHED = {"optimizer": "Adam", "lr": 1e-3, "batch_size": 64, "dropout": 0.5, "init": "He"}
 RUNS = {"published": {**PUBLISHED, "epochs": 3}}
@@ -62,7 +63,7 @@ AUGMENT = partial(common.random_affine, degrees=[10], shift=2, scale=0.1)
 def train(config, data, seed, **settings):
     """ "improved": with augmentation and a one-cycle schedule."""
     torch.manual_seed(seed)
-    model = common.advanced_combo_cnn(dropout=config["dropout"])
+    model = advanced_combo_cnn(dropout=config["dropout"])
     for layer in model:
         if isinstance(layer, nn.Conv2d):
             INITS[config["init"]](layer)
@@ -238,8 +239,7 @@ def plot_hyperparameters(base, found):
         ticks = [f"{value}\nat {config['lr']:g}" if tuned else value for value, config in best.items()]
         axes.set_xticks(range(len(best)), ticks, rotation=45 if key == "lr" else 0)
         axes.set_xlabel(f"{TERMS[key]} (at its best learning rate)" if tuned else TERMS[key])
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
+        axes.grid(True)
         spreads[TERMS[key]] = max(means) - min(means)
     common.accuracy_axis(panels[0].yaxis)
     panels[0].set_ylabel("validation accuracy (%)")
@@ -249,12 +249,23 @@ def plot_hyperparameters(base, found):
 
 
 def plot_learning_rates(base, found):
-    """Validation accuracy by learning rate, a line for each optimizer."""
-    lines = {
-        name: [seed for config in configs for seed in found[name_of(config)]]
-        for name, configs in candidates("optimizer", base).items()
-    }
-    return common.plot_sweep(lines, "lr", "learning rate")
+    """Validation accuracy by learning rate: for each optimizer a line of means, and points for the seeds."""
+    figure = common.new_figure(8, 5)
+    axes = figure.subplots()
+    ends = []
+    for i, (name, configs) in enumerate(candidates("optimizer", base).items()):
+        rates = [config["lr"] for config in configs]
+        results = [found[name_of(config)] for config in configs]
+        means = [common.error_of(mean_accuracy(seeds)) for seeds in results]
+        axes.plot(rates, means, color=common.COLORS[i])
+        for lr, seeds in zip(rates, results, strict=True):
+            errors = [common.error_of(value) for value in accuracies(seeds)]
+            axes.plot([lr] * len(errors), errors, common.MARKERS[i], color=common.COLORS[i], fillstyle="none")
+        ends.append((rates[-1], means[-1], name, common.COLORS[i]))
+    common.accuracy_axis(axes.yaxis)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="validation accuracy (%)")
+    common.label_ends(axes, ends)
+    return figure
 
 
 def plot_finalists(finalists):
@@ -273,8 +284,7 @@ def plot_finalists(finalists):
     axes.set_yticks(range(len(finalists)), list(finalists))
     axes.set_ylim(len(finalists) - 0.5, -0.6)
     axes.set_xlabel("validation accuracy (%): mean, standard deviation, and the seeds")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True)
     return figure
 
 
@@ -282,8 +292,13 @@ def plot_finalists(finalists):
 def run_study(base, args, data):
     """Trials of all configurations: {name: the results of its seeds}."""
     configs = {f"study: {name}": {**config, **STUDY} for name, config in study_of(base).items()}
-    results = common.run_all(train, args, data, configs, args.seeds[:2], test=False)
-    common.write_trials(f"{args.stem}_study.csv", [seed for seeds in results.values() for seed in seeds])
+    results = common.run_all(train, args, data, configs, seeds=args.seeds[:2], test=False)
+    rows = [
+        {**seed.config, "seed": seed.seed, "val_accuracy": seed.history.val_accuracy, "diverged": seed.history.diverged}
+        for seeds in results.values()
+        for seed in seeds
+    ]
+    common.write_csv(f"{args.stem}_study.csv", rows)
     found = {name.removeprefix("study: "): seeds for name, seeds in results.items()}
     print_study(base, found)
     common.save_figure(f"{args.stem}_hyperparameters.png", *plot_hyperparameters(base, found), data.name)

@@ -59,7 +59,6 @@ def main(argv=None):
     results = common.run_all(train, args, data)
 
     common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), common.summarize(results), data.name)
-    common.save_confusions(results, args.stem, data)
     common.report(results, args, data)
 
 

@@ -132,7 +132,6 @@ def main(argv=None):
         if part:
             title = f"Test accuracy: {common.summarize(part)}"
             common.save_figure(f"{args.stem}_{what}.png", common.plot_curves(part), title, data.name)
-    common.save_confusions(results, args.stem, data)
     common.report(results, args, data)
 
 

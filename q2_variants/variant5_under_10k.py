@@ -135,7 +135,6 @@ def plot_sizes(results):
             axes.annotate(text, (size, y), (20, 0), textcoords="offset points", va="center", color=color)
     axes.margins(x=0.3, y=0.2)
     axes.set(xlabel="parameters", ylabel="test accuracy (%): mean and standard deviation")
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -156,7 +155,6 @@ def main(argv=None):
     best = max(results, key=lambda name: sum(common.test_accuracies(results[name])))
     title = f"Fewer than 10,000 parameters: {common.summarize({best: results[best]})}"
     common.save_figure(f"{args.stem}_sizes.png", plot_sizes(results), title, data.name)
-    common.save_confusions(results, args.stem, data)
     common.report(results, args, data)
 
 
