@@ -517,7 +517,8 @@ class Run(NamedTuple):
 
     @property
     def path(self):
-        return Path(self.folder) / f"{re.sub(r'[^\w.,+]+', '-', self.name)}_seed{self.seed}.pt"
+        name = re.sub(r"[^\w.,+]+", "-", self.name)
+        return Path(self.folder) / f"{name}_seed{self.seed}.pt"
 
 
 @dataclass

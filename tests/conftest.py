@@ -1,10 +1,14 @@
-"""Shared by the tests: small data sets drawn by the stand-in, and scripts run as a user runs them."""
+"""Shared by the tests: small data sets of synthetic digits, and scripts run as a user runs them."""
 
-import argparse
+import csv
+import importlib
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,29 +18,28 @@ sys.path.insert(0, str(ROOT))
 
 import common
 
-MNIST_DIR = Path(os.environ.get("MNIST_DIR") or ROOT / "data")
+SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("q*.py"), *ROOT.glob("q*/*.py")])
+MNIST_DIR = Path(os.environ.get("MNIST_DIR") or ROOT / "data").resolve()
 needs_mnist = pytest.mark.skipif(
     not all((MNIST_DIR / "MNIST" / "raw" / name).exists() for name in common.MNIST_FILES),
     reason="real MNIST is not here: set MNIST_DIR",
 )
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 
 
 def load(folder, data="mnist", limit=None):
-    """`load_digits` as the command line would call it."""
-    options = {"data_dir": Path(folder), "data": data, "limit": limit, "device": "cpu"}
-    return common.load_digits(argparse.Namespace(**options))
+    """`load_data` as the command line would call it."""
+    return common.load_data(SimpleNamespace(data_dir=Path(folder), data=data, limit=limit, device="cpu"))
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """880 training, 80 validation and 200 test digits of the stand-in."""
-    return common.split_digits(
-        *common.draw_digits(960, 0), *common.draw_digits(200, 1), "synthetic stand-in", None, "cpu"
-    )
+    """880 training, 80 validation and 200 test digits."""
+    return common.split_data(*common.draw_digits(960, 0), *common.draw_digits(200, 1), "synthetic digits")
 
 
 def write_mnist(folder: Path, train: int = 960, test: int = 200) -> Path:
-    """A data folder in torchvision's layout, with digits of the stand-in; returns the folder."""
+    """A data folder in torchvision's layout, with synthetic digits; returns the folder."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for names, count, seed in ((common.MNIST_FILES[:2], train, 0), (common.MNIST_FILES[2:], test, 1)):
@@ -53,11 +56,24 @@ def mnist_folder(tmp_path_factory):
     return write_mnist(tmp_path_factory.mktemp("mnist"))
 
 
+def call_script(script, arguments, data_dir, out_dir):
+    """Run a script's main in this process, with one worker unless `arguments` say otherwise."""
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    module.main(["--workers", "1", "--data-dir", str(data_dir), "--out-dir", str(out_dir), *arguments.split()])
+    return module
+
+
+def default_interrupt():
+    """In a child: SIGINT as from a terminal, also where the tests run in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start_script(script, arguments, cwd, **options):
     """Start a script of the project in a process of its own, from the folder `cwd`."""
+    if os.name == "posix":
+        options.setdefault("preexec_fn", default_interrupt)
     command = [sys.executable, ROOT / script, *arguments.split()]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, **pipes, **options)
+    return subprocess.Popen(command, cwd=cwd, stdout=-1, stderr=-1, text=True, **options)
 
 
 def run_script(script, arguments, cwd, **options):
@@ -65,3 +81,28 @@ def run_script(script, arguments, cwd, **options):
     process = start_script(script, arguments, cwd, **options)
     out, err = process.communicate(timeout=170)
     return process.returncode, out, err
+
+
+def results_in(folder, stem):
+    """The runs of the results file and the log of a script, but for the times."""
+    runs = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))["runs"]
+    for run in runs.values():
+        for seed in run["seeds"]:
+            del seed["seconds"]
+    with (folder / f"{stem}.csv").open() as file:
+        return runs, [{**row, "seconds": ""} for row in csv.DictReader(file)]
+
+
+def weights_in(folder):
+    """The kept weights of all finished runs, by checkpoint."""
+    return {path.name: torch.load(path, weights_only=True)["best"] for path in folder.glob("*_runs/*.pt")}
+
+
+def assert_identical(first, second, stem):
+    """Two output folders hold the same results, logs and weights, bit by bit."""
+    assert results_in(first, stem) == results_in(second, stem)
+    weights = weights_in(first), weights_in(second)
+    assert weights[0].keys() == weights[1].keys()
+    for name, state in weights[0].items():
+        for key, value in state.items():
+            assert torch.equal(value, weights[1][name][key]), (name, key)

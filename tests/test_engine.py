@@ -1,0 +1,268 @@
+"""The engine: the same results with any number of workers, also after kills; and one line for what goes wrong."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import engine_script
+import pytest
+import torch
+from conftest import ROOT, assert_identical, needs_proc, results_in, run_script, start_script, weights_in
+
+import common
+
+SCRIPT = "tests/engine_script.py"
+STEM = "engine_script"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def finished(mnist_folder, tmp_path_factory):
+    """The folder of a script that ran in one process, undisturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    engine_script.main(f"--data-dir {mnist_folder} --out-dir {folder} --seeds 2 --workers 1 --threads 1".split())
+    return folder
+
+
+def arguments_for(mnist_folder, more="--workers 2 --threads 1"):
+    return f"--data-dir {mnist_folder} --out-dir out --seeds 2 {more}"
+
+
+def test_results_are_grouped_by_run_in_order_of_runs_and_seeds(finished):
+    runs, log = results_in(finished, STEM)
+    assert list(runs) == list("abcd")
+    assert [[seed["seed"] for seed in run["seeds"]] for run in runs.values()] == [[0, 1]] * 4
+    assert [(row["run"], row["seed"], row["epoch"]) for row in log[:4]] == [
+        *[("a", "0", epoch) for epoch in "123"],
+        ("a", "1", "1"),
+    ]
+    assert runs["b"]["config"] == engine_script.RUNS["b"]
+
+
+def test_reported_numbers_are_those_of_the_kept_weights(finished, mnist_folder):
+    args = common.parse_args(engine_script.__file__, "", engine_script.RUNS, ["--data-dir", str(mnist_folder)])
+    test = common.load_data(args).test
+    for seed in results_in(finished, STEM)[0]["a"]["seeds"]:
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 4, 5, stride=2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(576, 10)
+        )
+        model.load_state_dict(weights_in(finished)[f"a_seed{seed['seed']}.pt"])
+        loss, accuracy, _ = common.evaluate(model, test)
+        assert seed["test_accuracy"] == accuracy and seed["test_loss"] == round(loss, 4)
+
+
+def test_two_workers_end_bit_identical_to_one(finished, mnist_folder, tmp_path):
+    code, out, err = run_script(SCRIPT, arguments_for(mnist_folder), cwd=tmp_path)
+    assert code == 0, err
+    assert_identical(finished, tmp_path / "out", STEM)
+    assert out.count("epoch  3/3") == 8 and not err  # one line for each epoch, and no bar on a pipe
+
+
+def torchrun(arguments, cwd, *more, **environment):
+    """Start the script under torchrun, with its output in the file "log"."""
+    command = [sys.executable, "-m", "torch.distributed.run", *more, ROOT / SCRIPT, *arguments.split()]
+    with open(cwd / "log", "a") as log:
+        return subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log, env={**ONE_THREAD, **environment})
+
+
+def test_torchrun_ends_bit_identical_to_one_process(finished, mnist_folder, tmp_path):
+    process = torchrun(arguments_for(mnist_folder, ""), tmp_path, "--standalone", "--nproc-per-node=2")
+    assert process.wait(120) == 0, (tmp_path / "log").read_text()
+    assert_identical(finished, tmp_path / "out", STEM)
+
+
+def free_port():
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def two_nodes(rendezvous, rank, port):
+    if rendezvous == "static":
+        return f"--node-rank={rank}", "--master-addr=localhost", f"--master-port={port}"
+    return "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", f"--rdzv-conf=is_host={1 - rank}"
+
+
+def children_of(pid):
+    """Process numbers of the children of a process."""
+    children = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:  # the parent follows the state, which follows the name in brackets
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                children.append(int(path.parent.name))
+        except OSError:
+            pass
+    return children
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_killed_rank_of_two_nodes_loses_nothing(rendezvous, finished, mnist_folder, tmp_path):
+    port, attempts = free_port(), tmp_path / "attempts"
+    nodes = []
+    for rank in (0, 1):
+        start = "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", *two_nodes(rendezvous, rank, port)
+        environment = {"ATTEMPTS": str(attempts), "TROUBLE": "b die once"}
+        nodes.append(torchrun(arguments_for(mnist_folder, ""), tmp_path, *start, **environment))
+    started = time.monotonic()
+    for node in nodes:
+        assert node.wait(120) == 0, (tmp_path / "log").read_text()
+    assert time.monotonic() - started < 100
+    assert_identical(finished, tmp_path / "out", STEM)
+    lines = attempts.read_text().splitlines()
+    assert 8 < len(lines) <= 8 + 4  # some runs were in flight when a rank died; finished ones were not repeated
+
+
+def wait_for_line(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f"{text!r} was not printed: {process.stderr.read()}")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_stopped_script_resumes_to_a_bit_identical_end(stop, workers, finished, mnist_folder, tmp_path):
+    arguments = arguments_for(mnist_folder, f"--workers {workers} --threads 1")
+    with start_script(SCRIPT, arguments, tmp_path) as process:
+        wait_for_line(process, "b, seed 0: epoch  2/3")
+        children = children_of(process.pid) if Path("/proc").exists() else []
+        process.send_signal(stop)
+        out, err = process.communicate(timeout=60)
+    if stop == signal.SIGINT:
+        assert process.returncode == 130 and "--resume continues" in out and not err
+        assert (tmp_path / "out" / f"{STEM}.csv").exists() and (tmp_path / "out" / f"{STEM}_curves.png").exists()
+    assert not (tmp_path / "out" / f"{STEM}.json").exists()  # unfinished, no results
+    deadline = time.monotonic() + 20
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, children))  # workers end with the first process
+    engine_script.main(
+        f"--data-dir {mnist_folder} --out-dir {tmp_path}/out --seeds 2 --workers 1 --threads 1 --resume".split()
+    )
+    assert_identical(finished, tmp_path / "out", STEM)
+    assert not list((tmp_path / "out").rglob(".*"))  # no temporary file is left
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_worker_that_dies_costs_the_run_in_flight(finished, mnist_folder, tmp_path):
+    attempts = tmp_path / "attempts"
+    environment = {**os.environ, "TROUBLE": "b die once", "ATTEMPTS": str(attempts)}
+    code, _, err = run_script(SCRIPT, arguments_for(mnist_folder), cwd=tmp_path, env=environment)
+    assert code == 0, err
+    assert_identical(finished, tmp_path / "out", STEM)
+    lines = attempts.read_text().splitlines()
+    assert len(set(lines)) == 8 and len(lines) == 10  # both seeds of b were tried twice
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.parametrize(
+    ("trouble", "workers", "words"),
+    [
+        ("b die", 2, "its process ended twice, exit code -9"),
+        ("b raise", 2, r"RuntimeError: no memory left at all \(engine_script.py, line \d+\)"),
+        ("b raise", 1, r"RuntimeError: no memory left at all \(engine_script.py, line \d+\)"),
+    ],
+)
+def test_failing_run_is_named_and_the_others_go_on(trouble, workers, words, mnist_folder, tmp_path):
+    arguments = arguments_for(mnist_folder, f"--workers {workers} --threads 1")
+    code, out, err = run_script(SCRIPT, arguments, cwd=tmp_path, env={**os.environ, "TROUBLE": trouble})
+    assert code == 1 and err.count("\n") == 1
+    for seed in (0, 1):
+        assert re.search(rf"^FAILED: b, seed {seed}: {words}$", out, re.MULTILINE), out
+    assert re.match(f"2 of 8 runs failed.*b, seed 0: {words}; b, seed 1: {words}", err)
+    assert "d, seed 1: epoch  3/3" in out and not (tmp_path / "out" / f"{STEM}.json").exists()
+
+
+def test_finished_runs_are_not_trained_again(mnist_folder, tmp_path, monkeypatch, capsys):
+    attempts = tmp_path / "attempts"
+    monkeypatch.setenv("ATTEMPTS", str(attempts))
+    arguments = f"--data-dir {mnist_folder} --out-dir {tmp_path} --workers 1 --epochs 1 --only a".split()
+    engine_script.main(arguments)
+    engine_script.main([*arguments, "--seeds", "2", "--resume"])
+    assert attempts.read_text().split("\n") == ["a 0", "a 1", ""]
+    engine_script.main(arguments)  # without --resume: afresh
+    assert attempts.read_text().split("\n") == ["a 0", "a 1", "a 0", ""]
+
+
+def test_fresh_start_forgets_its_own_checkpoints_only(mnist_folder, tmp_path, monkeypatch):
+    folder = tmp_path / f"{STEM}_runs"
+    folder.mkdir()
+    for name in ("a_seed0.pt", "b_seed0.pt", "notes.txt", "other.pt"):
+        (folder / name).write_text("mine")
+    monkeypatch.setattr(common, "train_run", lambda *_: sys.exit("enough"))
+    with pytest.raises(SystemExit, match="enough"):
+        engine_script.main(f"--data-dir {mnist_folder} --out-dir {tmp_path} --workers 1 --only a".split())
+    assert sorted(path.name for path in folder.iterdir()) == ["b_seed0.pt", "notes.txt", "other.pt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("--lr 0.01", "lr was 0.001, is 0.01"), ("--limit 100", "data was"), ("--threads 2", "threads was 1, is 2")],
+)
+def test_checkpoints_of_other_runs_are_refused_in_one_line(change, words, mnist_folder, tmp_path):
+    arguments = f"--data-dir {mnist_folder} --out-dir {tmp_path} --workers 1 --threads 1 --epochs 1 --only a"
+    engine_script.main(arguments.split())
+    with pytest.raises(SystemExit, match=f"^cannot resume: .*a_seed0.pt is of another configuration: {words}"):
+        engine_script.main(f"{arguments} {change} --resume".split())
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_malicious_checkpoint_is_not_executed(mnist_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / f"{STEM}_runs"
+    folder.mkdir()
+    torch.save({"identity": Malicious()}, folder / "a_seed0.pt")
+    with pytest.raises(SystemExit, match="^cannot resume: .*not a checkpoint of this project$"):
+        engine_script.main(f"--data-dir {mnist_folder} --out-dir {tmp_path} --workers 1 --only a --resume".split())
+    assert not Path("executed").exists()
+
+
+def test_resume_without_a_checkpoint_is_one_line(mnist_folder, tmp_path):
+    with pytest.raises(SystemExit, match=r"^cannot resume: there is nothing in .*_runs; run without --resume$"):
+        engine_script.main(f"--data-dir {mnist_folder} --out-dir {tmp_path} --resume".split())
+
+
+def test_full_disk_is_one_line(mnist_folder, tmp_path):
+    """A limit of 20 kB to a file stands for the full disk: a checkpoint is larger."""
+    resource = pytest.importorskip("resource")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    arguments = arguments_for(mnist_folder, "--workers 1")
+    code, _, err = run_script(SCRIPT, arguments, cwd=tmp_path, preexec_fn=limit)
+    assert code == 1 and re.fullmatch(r"cannot write .*a_seed0\.pt: .*\n", err), err
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_workers_and_threads_by_default(monkeypatch):
+    def parse(text=""):
+        args = common.parse_args(engine_script.__file__, "", engine_script.RUNS, text.split())
+        return args.workers, args.threads
+
+    monkeypatch.setattr(common, "CORES", 8)
+    monkeypatch.setattr(common, "setup", lambda threads: None)
+    assert parse() == (4, 2)  # four runs
+    assert parse("--only a") == (1, 8)
+    assert parse("--seeds 5") == (8, 1)
+    assert parse("--seeds 5 --workers 3") == (3, 2)
+    assert parse("--workers 3 --threads 5") == (3, 5)
+    assert parse("--workers 99") == (4, 2)
