@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on a busy machine several threads are many times slower
+
 import pytest
 import torch
 

@@ -1,5 +1,5 @@
-"""Data: files are checked before use, downloaded whole or not at all, split for ever;
-the stand-in is deterministic and framed like MNIST."""
+"""Data: files are checked before use and downloaded completely or not at all; the split is fixed; the synthetic digits
+are deterministic and framed like MNIST."""
 
 import gzip
 import hashlib
@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MNIST_DIR, load, needs_mnist, write_mnist
-from torchvision.datasets import MNIST
 
 import common
 
@@ -33,11 +32,11 @@ def test_split_is_fixed_disjoint_and_complete(mnist_folder):
     assert as_bytes(both) == as_bytes(common.read_mnist(mnist_folder)[0])
 
 
-def test_limit_keeps_the_first_training_images_alone(mnist_folder):
-    whole, limited = load(mnist_folder), load(mnist_folder, limit=100)
-    assert torch.equal(limited.train.images, whole.train.images[:100])
-    assert torch.equal(limited.val.images, whole.val.images)
-    assert torch.equal(limited.test.labels, whole.test.labels)
+def test_limit_shortens_the_training_split_only(mnist_folder):
+    full, limited = load(mnist_folder), load(mnist_folder, limit=100)
+    assert torch.equal(limited.train.images, full.train.images[:100])
+    assert torch.equal(limited.val.images, full.val.images)
+    assert torch.equal(limited.test.labels, full.test.labels)
 
 
 def test_normalize_agrees_with_torchvision(tiny):
@@ -49,7 +48,7 @@ def test_normalize_agrees_with_torchvision(tiny):
         torch.testing.assert_close(common.normalize(image), expected, atol=1e-5, rtol=0)
 
 
-def test_normalize_leaves_its_argument_alone():
+def test_normalize_does_not_change_its_argument():
     images = torch.full((1, 1, 28, 28), 255.0)
     common.normalize(images)
     assert images.eq(255).all()
@@ -83,6 +82,10 @@ def extend(path):
     path.write_bytes(path.read_bytes() + b"0")
 
 
+def compress(path):
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
 def make_html(path):
     path.write_text("<!DOCTYPE html><title>404 Not Found</title>" * 20)
 
@@ -92,25 +95,25 @@ def make_empty(path):
 
 
 def drop_one(path):
-    """One item fewer, and a header that agrees: only the other file gives it away."""
+    """One item fewer, with a header that agrees: only the other file of the pair shows it."""
     content = path.read_bytes()
     count = int.from_bytes(content[4:8], "big") - 1
     size = 784 if "images" in path.name else 1
     path.write_bytes(content[:4] + count.to_bytes(4, "big") + content[8:-size])
 
 
-def spoil_label(path):
+def make_label_ten(path):
     path.write_bytes(path.read_bytes()[:-1] + b"\x0a")
 
 
-DAMAGES = truncate, extend, make_html, make_empty, drop_one
+DAMAGES = truncate, extend, compress, make_html, make_empty, drop_one
 CASES = [(damage, name) for name in common.MNIST_FILES for damage in DAMAGES]
-CASES += [(spoil_label, name) for name in common.MNIST_FILES if "labels" in name]
+CASES += [(make_label_ten, name) for name in common.MNIST_FILES if "labels" in name]
 
 
 @pytest.mark.parametrize(("damage", "name"), CASES)
 @pytest.mark.parametrize("data", ["mnist", "auto"])
-def test_a_broken_file_is_one_line_that_names_it(damage, name, data, mnist_folder, tmp_path):
+def test_corrupt_file_is_one_line_that_names_it(damage, name, data, mnist_folder, tmp_path):
     shutil.copytree(mnist_folder, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "MNIST" / "raw" / name)
     with pytest.raises(SystemExit) as end:
@@ -160,7 +163,7 @@ def serve():
 
 @pytest.fixture
 def mirror(serve, tmp_path):
-    """A mirror of a small MNIST: torchvision's MNIST.mirrors and MNIST.resources."""
+    """A program for `common.DOWNLOAD` that downloads a small MNIST from a server of this machine."""
     raw, site = write_mnist(tmp_path / "origin") / "MNIST" / "raw", tmp_path / "site"
     site.mkdir()
     resources = []
@@ -168,7 +171,15 @@ def mirror(serve, tmp_path):
         content = gzip.compress((raw / name).read_bytes())
         (site / f"{name}.gz").write_bytes(content)
         resources.append((f"{name}.gz", hashlib.md5(content).hexdigest()))
-    return [serve(partial(Quiet, directory=site))], resources
+    return downloads_from(serve(partial(Quiet, directory=site)), resources)
+
+
+def downloads_from(address, resources=None):
+    """`common.DOWNLOAD` with another server and, if given, other files: torchvision's MNIST.resources."""
+    lines = ["from torchvision.datasets import MNIST", f"MNIST.mirrors = [{address!r}]"]
+    if resources:
+        lines.append(f"MNIST.resources = {resources!r}")
+    return "\n".join([*lines, "MNIST({folder!r}, download=True)"])
 
 
 def files_below(folder):
@@ -179,9 +190,9 @@ def test_processes_that_start_together_on_an_empty_folder_all_get_the_data(mirro
     program = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
+import common
 from conftest import load
-from torchvision.datasets import MNIST
-MNIST.mirrors, MNIST.resources = {mirror!r}
+common.DOWNLOAD = {mirror!r}
 digits = load({str(tmp_path / "data")!r})
 print("sum", len(digits.train.labels), int(digits.train.images.sum()))
 """
@@ -195,8 +206,7 @@ print("sum", len(digits.train.labels), int(digits.train.images.sum()))
 
 
 def test_only_missing_files_are_downloaded(mirror, tmp_path, monkeypatch):
-    monkeypatch.setattr(MNIST, "mirrors", mirror[0])
-    monkeypatch.setattr(MNIST, "resources", mirror[1])
+    monkeypatch.setattr(common, "DOWNLOAD", mirror)
     raw = write_mnist(tmp_path / "data") / "MNIST" / "raw"
     (raw / common.MNIST_FILES[0]).unlink()
     there = raw / common.MNIST_FILES[1]
@@ -205,15 +215,15 @@ def test_only_missing_files_are_downloaded(mirror, tmp_path, monkeypatch):
     assert there.stat().st_mtime_ns == before
 
 
-NOBODY = "http://127.0.0.1:9/"  # a port at which no server listens
+NO_SERVER = "http://127.0.0.1:9/"  # a port at which no server listens
 
 
-@pytest.mark.parametrize("trouble", ["nobody there", "not the files", "too slow"])
+@pytest.mark.parametrize("trouble", ["no server", "not the files", "too slow"])
 def test_a_failed_download_leaves_nothing_and_says_why(trouble, serve, tmp_path, monkeypatch):
     handlers = {"not the files": partial(Quiet, directory=tmp_path), "too slow": Drip}
-    address = serve(handlers[trouble]) if trouble in handlers else NOBODY
-    monkeypatch.setattr(MNIST, "mirrors", [address])
-    monkeypatch.setattr(common, "DOWNLOAD_SECONDS", 2)
+    address = serve(handlers[trouble]) if trouble in handlers else NO_SERVER
+    monkeypatch.setattr(common, "DOWNLOAD", downloads_from(address))
+    monkeypatch.setattr(common, "DOWNLOAD_SECONDS", 8 if trouble == "not the files" else 4)
     started = time.monotonic()
     with pytest.raises(SystemExit) as end:
         load(tmp_path / "data")
@@ -222,17 +232,17 @@ def test_a_failed_download_leaves_nothing_and_says_why(trouble, serve, tmp_path,
     assert not files_below(tmp_path / "data")
 
 
-def test_auto_falls_back_to_the_stand_in_with_a_warning(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(MNIST, "mirrors", [NOBODY])
+def test_auto_falls_back_to_the_synthetic_digits_with_a_warning(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(common, "DOWNLOAD", downloads_from(NO_SERVER))
     draw = common.draw_digits
     fewer = lambda count, seed: draw(count // 100, seed)
     monkeypatch.setattr(common, "draw_digits", fewer)
-    assert load(tmp_path, "auto").source == "synthetic stand-in"
+    assert load(tmp_path, "auto").name == "synthetic digits"
     said = capsys.readouterr().err
-    assert "WARNING" in said and "stand-in" in said and "--data-dir" in said
+    assert "WARNING" in said and "synthetic digits" in said and "--data-dir" in said
 
 
-def test_stand_in_is_deterministic():
+def test_synthetic_digits_are_deterministic():
     images, labels = common.draw_digits(2000, seed=5)
     again = common.draw_digits(2000, seed=5)
     assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
@@ -241,7 +251,7 @@ def test_stand_in_is_deterministic():
     assert labels.dtype == torch.int64 and labels.bincount(minlength=10).min() > 150
 
 
-def test_stand_in_is_framed_like_mnist():
+def test_synthetic_digits_are_framed_like_mnist():
     """In a box of about 20 pixels, with the centre of mass in the middle."""
     ink = common.draw_digits(1000, seed=5)[0].squeeze(1).double()
     place = torch.arange(28.0, dtype=torch.float64)

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import common
+from q1_baseline import baseline_cnn
+from q2_variants.variant3_advanced_combo import advanced_combo_cnn
 
-BASELINE = partial(common.baseline_cnn, dropout=0.0)
+BASELINE = partial(baseline_cnn, dropout=0.0)
 
 
 def test_distinct_units_counts_rows_that_differ():
@@ -50,7 +52,7 @@ def history(steps=None, **last):
     row = {"train_loss": 0.02, "val_loss": 0.03}
     row |= {"train_accuracy": 99.4, "val_accuracy": 99.1}
     rows = [{"epoch": i} | row for i in (1, 2)] + [{"epoch": 3} | row | last]
-    return common.History({}, 0, rows, steps or [2.3 / (i + 1) for i in range(100)])
+    return common.History(rows, steps or [2.3 / (i + 1) for i in range(100)])
 
 
 @pytest.mark.parametrize(
@@ -69,30 +71,39 @@ def test_alarms_of_a_history(found, alarms, tiny):
     assert common.check_health(BASELINE(), found, tiny.train) == alarms
 
 
-def broken_network(harm):
+def broken_network(alarm):
     torch.manual_seed(0)
     model = BASELINE()
-    first, last = common.weights_of(model)[0], common.weights_of(model)[-1]
+    first, last = common.layer_weights(model)[0], common.layer_weights(model)[-1]
     with torch.no_grad():
-        if harm == "exploding gradients":
+        if alarm == "exploding gradients":
             last.mul_(1e4)
-        elif harm == "vanishing gradients":
+        elif alarm == "vanishing gradients":
             last.mul_(1e-9)
-        elif harm == "dead ReLUs":
+        elif alarm == "dead ReLUs":
             model[7].bias.fill_(-100)
-        elif harm == "symmetric units":
+        elif alarm == "symmetric units":
             first.copy_(first[:1].expand_as(first))
     return model
 
 
-@pytest.mark.parametrize("harm", common.ALARMS[3:7])
-def test_alarms_of_a_network(harm, tiny):
-    assert harm in common.check_health(broken_network(harm), history(), tiny.train)
+@pytest.mark.parametrize("alarm", common.ALARMS[3:7])
+def test_alarms_of_a_network(alarm, tiny):
+    assert alarm in common.check_health(broken_network(alarm), history(), tiny.train)
 
 
 def test_divergence_is_the_only_alarm_of_weights_that_are_no_numbers(tiny):
-    found = common.History({}, diverged=True)
+    found = common.History(diverged=True)
     assert common.check_health(BASELINE(), found, tiny.train) == ["diverged"]
+
+
+def test_frozen_parameters_are_no_fault(tiny):
+    """As in fine-tuning."""
+    model = BASELINE()
+    model[0].requires_grad_(False)
+    assert common.check_health(model, history(), tiny.train) == []
+    model.requires_grad_(False)
+    assert common.check_health(model, history(), tiny.train) == []
 
 
 def constant(model, value):
@@ -109,32 +120,31 @@ def batchnorm(model):
 
 ADAM, SGD = torch.optim.Adam, partial(torch.optim.SGD, momentum=0.9)
 SMALL = {  # network, optimizer, learning rate, images, epochs, intended alarm
-    "healthy": (common.baseline_cnn, ADAM, 1e-3, 1500, 3, None),
+    "healthy": (baseline_cnn, ADAM, 1e-3, 1500, 3, None),
     "healthy, BatchNorm": (lambda: batchnorm(BASELINE()), ADAM, 1e-3, 1500, 2, None),
-    "healthy, SGD": (common.baseline_cnn, SGD, 0.02, 1500, 4, None),
-    "AdvancedComboCNN": (common.advanced_combo_cnn, ADAM, 3e-3, 1500, 3, None),
-    "Adam 0.1": (common.baseline_cnn, ADAM, 0.1, 1500, 2, "not learning"),
+    "healthy, SGD": (baseline_cnn, SGD, 0.02, 1500, 4, None),
+    "AdvancedComboCNN": (advanced_combo_cnn, ADAM, 3e-3, 1500, 3, None),
+    "Adam 0.1": (baseline_cnn, ADAM, 0.1, 1500, 2, "not learning"),
     "SGD 1e6": (BASELINE, SGD, 1e6, 1500, 1, "diverged"),
     "BatchNorm, SGD 3": (lambda: batchnorm(BASELINE()), SGD, 3, 1500, 2, "oscillating"),
     "zero": (lambda: constant(BASELINE(), 0), ADAM, 1e-3, 1500, 1, "symmetric units"),
-    "constant": (*(lambda: constant(common.baseline_cnn(), 0.01), ADAM, 1e-3, 1500, 6), "symmetric units"),
-    "by heart": (BASELINE, ADAM, 1e-3, 200, 20, "overfitting"),
+    "constant": (*(lambda: constant(baseline_cnn(), 0.01), ADAM, 1e-3, 1500, 6), "symmetric units"),
+    "memorised": (BASELINE, ADAM, 1e-3, 200, 20, "overfitting"),
 }
 
 
 @pytest.fixture(scope="module")
 def small():
     """Each training of SMALL: (network before it, history)."""
-    digits = common.split_digits(*common.draw_digits(1650, 0), *common.draw_digits(100, 1), "", None, "cpu")
+    data = common.split_data(*common.draw_digits(1650, 0), *common.draw_digits(100, 1), "synthetic digits")
     found = {}
     for label, (network, optimizer, lr, images, epochs, _) in SMALL.items():
         torch.manual_seed(0)
         model = network()
-        train = common.Split(*(tensor[:images] for tensor in digits.train))
-        options = {"epochs": epochs, "batch_size": 64}
-        before = common.evaluate(model, train).loss
+        part = data._replace(train=common.first(data.train, images))
+        before = common.evaluate(model, part.train)[0]
         optimizer = optimizer(model.parameters(), lr=lr)
-        found[label] = (before, common.fit(model, train, digits.val, optimizer, **options))
+        found[label] = (before, common.fit(model, part, optimizer, epochs=epochs, batch_size=64))
     return found
 
 
@@ -150,8 +160,8 @@ def test_matrix_of_small_trainings_against_alarms(small):
 
 
 def test_the_loss_alone_is_not_enough(small):
-    """ln 10 is the loss of a healthy network that has not begun and of a dead one; and
-    a loss far below it is no sign of health."""
+    """ln 10 is the loss of a healthy network before training and of a dead one after it; and a loss far below is no
+    sign of health."""
     assert small["healthy"][0] == pytest.approx(math.log(10), abs=0.02)
     zero, symmetric = (small[label][1] for label in ("zero", "constant"))
     assert zero.rows[-1]["train_loss"] == pytest.approx(math.log(10), abs=0.02)

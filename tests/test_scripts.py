@@ -1,173 +1,166 @@
-"""The scripts as a user runs them: from another folder, judged by what they leave."""
+"""The scripts as a user runs them, judged by what they print and by the files they leave."""
 
 import csv
+import importlib
 import json
+import os
 import re
-import resource
-import runpy
-import shutil
 import signal
-import sys
 
 import pytest
 import torch
-from conftest import MNIST_DIR, ROOT, load, needs_mnist, run_script, start_script
+from conftest import (
+    MNIST_DIR,
+    ROOT,
+    SCRIPTS,
+    assert_identical,
+    call_script,
+    load,
+    needs_mnist,
+    results_in,
+    run_script,
+    start_script,
+    weights_in,
+)
 
 import common
 import q1_baseline
+from q2_variants import variant4_under_25k as variant4
 
-PICTURES = {"confusion.png", "curves.png", "mistakes.png", "samples.png"}
-LABELS = ["baseline", "constant-rate"]
+PLOTS = {
+    "q1_baseline": {"samples", "curves", "confusion", "mistakes"},
+    "variant1_kernel_sizes": {"curves"},
+    "variant2_batchnorm_gap": {"curves"},
+    "variant3_advanced_combo": {"curves"},
+    "variant4_under_25k": {"curves", "curves_improved", "augmentation"},
+    "variant5_under_10k": {"curves", "curves_improved", "sizes"},
+    "fail_high_lr": {"curves", "steps"},
+    "fail_no_dropout": {"curves", "all", "gap"},
+    "fail_bad_init": {"curves", "filters"},
+}
+STUDIES = {"q3_tuning.py"}  # tested by a file of its own
 
 
-def results(folder):
-    return json.loads((folder / "q1_baseline.json").read_text())
+def module_of(script):
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
 
 
-def check_outputs(folder, seeds):
-    """All files are there, and nothing else is; the pictures are pictures."""
-    expected = {f"q1_baseline_{name}" for name in PICTURES}
-    expected |= {"q1_baseline.csv", "q1_baseline.json"}
-    for seed in range(seeds):
-        expected |= {f"q1_baseline_{label}_seed{seed}.pt" for label in LABELS}
-    assert {path.name for path in folder.iterdir()} == expected
-    for path in folder.glob("*.png"):
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in STUDIES])
+def test_script_leaves_its_log_its_results_and_its_plots(script, mnist_folder, tmp_path, capsys):
+    stem = script.rpartition("/")[2].removesuffix(".py")
+    module = call_script(script, "--epochs 2 --limit 200 --precision fp32", mnist_folder, tmp_path)
+    out = capsys.readouterr().out
+    runs, log = results_in(tmp_path, stem)
+    found = json.loads((tmp_path / f"{stem}.json").read_text())
+    assert found["script"] == script
+    assert found["data"] == {"source": "MNIST", "train": 200, "val": 80, "test": 200}
+    assert found["environment"].keys() == {"python", "torch", "device", "threads", "precision"}
+    assert list(runs) == list(module.RUNS)
+    assert [row["run"] for row in log if row["epoch"] == "1"] == list(module.RUNS)
+    for name, run in runs.items():
+        assert run["config"] == {**json.loads(json.dumps(module.RUNS[name])), "epochs": 2}
+        assert set(run["seeds"][0]["health"]) <= set(common.ALARMS)
+        assert re.search(rf"^{re.escape(name)} +{run['parameters']:,} +{run['mean']:.2f} % \(1 seed\)", out, re.MULTILINE)
+    files = {f"{stem}_{what}.png" for what in PLOTS[stem]} | {f"{stem}.csv", f"{stem}.json", f"{stem}_runs"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    for path in tmp_path.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+@pytest.mark.parametrize("script", ["q1_baseline.py", "q2_variants/variant1_kernel_sizes.py", "q4_break/fail_high_lr.py"])
+def test_script_runs_from_another_folder(script, mnist_folder, tmp_path):
+    """One of each folder, in a process of its own."""
+    arguments = f"--data-dir {mnist_folder} --out-dir out --epochs 1 --limit 100 --workers 1"
+    code, out, err = run_script(script, arguments, cwd=tmp_path)
+    assert code == 0 and not err, err
+    assert (tmp_path / "out" / script.rpartition("/")[2].replace(".py", ".json")).exists()
 
 
 @pytest.fixture(scope="module")
 def finished(mnist_folder, tmp_path_factory):
-    """A whole run with two seeds: (folder with the outputs, what it printed)."""
+    """The folder of a complete run of Q1 with two seeds."""
     folder = tmp_path_factory.mktemp("finished")
-    arguments = f"--data-dir {mnist_folder} --out-dir {folder}/out --epochs 4 --seeds 2"
-    code, out, err = run_script("q1_baseline.py", arguments, cwd=folder)
-    assert code == 0, err
-    return folder / "out", out
+    call_script("q1_baseline.py", "--epochs 4 --seeds 2 --precision fp32 --threads 1", mnist_folder, folder)
+    return folder
 
 
-def test_q1_leaves_its_reports(finished):
-    folder, out = finished
-    check_outputs(folder, seeds=2)
-    assert "421,642" in out and "most confused pairs" in out and "epoch   4/4" in out
-    found = results(folder)
-    assert found["script"] == "q1_baseline.py"
-    assert found["data"] == {"source": "MNIST", "train": 880, "val": 80, "test": 200}
-    facts = {"python", "torch", "device", "threads", "precision"}
-    assert set(found["environment"]) == facts
-    rows = list(csv.DictReader((folder / "q1_baseline.csv").open()))
-    for label, run in found["runs"].items():
-        assert run["parameters"] == 421_642
-        assert [seed["seed"] for seed in run["seeds"]] == [0, 1]
-        test = torch.tensor([seed["test_accuracy"] for seed in run["seeds"]]).double()
-        assert run["mean"] == pytest.approx(test.mean().item(), abs=1e-3)
-        assert run["std"] == pytest.approx(test.std().item(), abs=1e-3)
-        for seed in run["seeds"]:  # the log agrees, and the best epoch was kept
-            mine = [r for r in rows if (r["run"], r["seed"]) == (label, str(seed["seed"]))]
-            logged = [float(row["val_accuracy"]) for row in mine]
-            assert len(logged) == seed["epochs"] == 4
-            assert seed["val_accuracy"] == max(logged) == logged[seed["best_epoch"] - 1]
-
-
-def test_the_reported_numbers_are_those_of_the_kept_weights(finished, mnist_folder):
-    folder, _ = finished
+def test_results_of_q1_agree_with_its_log_and_its_weights(finished, mnist_folder):
+    runs, log = results_in(finished, "q1_baseline")
     test = load(mnist_folder).test
-    for seed in results(folder)["runs"]["baseline"]["seeds"]:
-        path = folder / f"q1_baseline_baseline_seed{seed['seed']}.pt"
-        model = common.baseline_cnn()
-        model.load_state_dict(torch.load(path, weights_only=True)["best"])
-        assert seed["test_accuracy"] == common.evaluate(model, test).accuracy
-        predicted = common.predict(model, test.images).argmax(1)
-        for pair in seed["most_confused"]:
-            read = (test.labels == pair["true"]) & (predicted == pair["predicted"])
-            assert pair["count"] == read.sum() and pair["true"] != pair["predicted"]
+    for name, run in runs.items():
+        accuracies = torch.tensor([seed["test_accuracy"] for seed in run["seeds"]]).double()
+        assert run["mean"] == pytest.approx(accuracies.mean().item(), abs=1e-3)
+        assert run["std"] == pytest.approx(accuracies.std().item(), abs=1e-3)
+        for seed in run["seeds"]:
+            rows = [row for row in log if (row["run"], row["seed"]) == (name, str(seed["seed"]))]
+            accuracies = [float(row["val_accuracy"]) for row in rows]
+            assert len(accuracies) == seed["epochs"] == 4
+            assert seed["val_accuracy"] == max(accuracies) == accuracies[seed["best_epoch"] - 1]
+            model = q1_baseline.baseline_cnn()
+            model.load_state_dict(weights_in(finished)[f"{name.replace(' ', '-')}_seed{seed['seed']}.pt"])
+            assert seed["test_accuracy"] == common.evaluate(model, test)[1]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_goes_on_to_the_same_end(stop, finished, mnist_folder, tmp_path):
-    arguments = f"--data-dir {mnist_folder} --out-dir {tmp_path} --epochs 4 --seeds 2"
-    process = start_script("q1_baseline.py", arguments, cwd=tmp_path)
-    for line in process.stdout:
-        if line.startswith("epoch   2"):
-            process.send_signal(stop)
-            break
-    _, err = process.communicate(timeout=60)
-    if stop == signal.SIGINT:
-        assert process.returncode == 130 and "Traceback" not in err
-        assert (tmp_path / "q1_baseline.csv").exists()
-        assert (tmp_path / "q1_baseline_curves.png").exists()
-    assert not (tmp_path / "q1_baseline.json").exists()  # unfinished, no result
-    # The same run again, in this process; it ends as the one that never stopped did.
-    q1_baseline.main([*arguments.split(), "--resume"])
-    whole, resumed = results(finished[0]), results(tmp_path)
-    for found in (whole, resumed):
-        for seed in (s for run in found["runs"].values() for s in run["seeds"]):
-            del seed["seconds"]
-    assert whole == resumed
-    for path in finished[0].glob("*.pt"):
-        first, second = (torch.load(folder / path.name, weights_only=True) for folder in (finished[0], tmp_path))
-        for key in first["best"]:
-            assert torch.equal(first["best"][key], second["best"][key])
-        assert first["history"]["step_losses"] == second["history"]["step_losses"]
+def test_confusions_are_counted_by_true_and_predicted_digit(capsys):
+    labels = torch.tensor([3, 3, 3, 4, 9])
+    logits = torch.nn.functional.one_hot(torch.tensor([5, 5, 3, 9, 9]), 10).float()
+    counts = q1_baseline.count_confusions(logits, labels)
+    assert counts[3, 5] == 2 and counts[3, 3] == 1 and counts[9, 9] == 1 and counts.sum() == 5
+    assert q1_baseline.most_confused(counts) == [(3, 5, 2), (4, 9, 1)]
 
 
-def test_resume_without_a_checkpoint_is_one_line(mnist_folder, tmp_path):
-    arguments = ["--data-dir", str(mnist_folder), "--out-dir", str(tmp_path)]
-    with pytest.raises(SystemExit, match=r"^cannot resume: .*seed0\.pt.*$"):
-        q1_baseline.main([*arguments, "--resume"])
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_killed_q1_resumes_to_a_bit_identical_end(finished, mnist_folder, tmp_path):
+    arguments = "--epochs 4 --seeds 2 --precision fp32 --threads 1"
+    common_arguments = f"{arguments} --workers 1 --data-dir {mnist_folder} --out-dir {tmp_path}"
+    with start_script("q1_baseline.py", common_arguments, cwd=tmp_path) as process:
+        for line in process.stdout:
+            if "epoch  2/4" in line:
+                process.send_signal(signal.SIGKILL)
+                break
+    call_script("q1_baseline.py", f"{arguments} --resume", mnist_folder, tmp_path)
+    assert_identical(finished, tmp_path, "q1_baseline")
 
 
-def test_a_fresh_run_forgets_older_checkpoints(finished, mnist_folder, tmp_path):
-    for path in finished[0].glob("*.pt"):
-        shutil.copy(path, tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(q1_baseline, "train", lambda *_: sys.exit("enough"))
-        with pytest.raises(SystemExit, match="enough"):
-            q1_baseline.main(f"--data-dir {mnist_folder} --out-dir {tmp_path} --seeds 2".split())
-    assert not list(tmp_path.glob("*.pt"))
-
-
-def test_q1_on_the_stand_in_says_so_everywhere(tmp_path):
-    arguments = "--data synthetic --limit 300 --epochs 1 --out-dir out"
-    code, out, err = run_script("q1_baseline.py", arguments, cwd=tmp_path)
-    assert code == 0, err
-    check_outputs(tmp_path / "out", seeds=1)
-    assert results(tmp_path / "out")["data"]["source"] == "synthetic stand-in"
-    assert "synthetic stand-in" in out and "MNIST:" not in out
-
-
-def test_every_plot_of_the_stand_in_is_marked(tiny, tmp_path, monkeypatch):
-    titles = []
-    note = lambda figure, title, **_: titles.append(title)
-    monkeypatch.setattr(common.Figure, "suptitle", note)
-    options = common.argparse.Namespace(stem=tmp_path / "a")
-    for digits in (tiny, tiny._replace(source="MNIST")):
-        common.save_figure(common.Figure(), "b", "finding", digits, options)
-    assert titles == ["[synthetic stand-in] finding", "finding"]
+def test_synthetic_digits_are_named_in_results_and_output(mnist_folder, tmp_path, monkeypatch, capsys):
+    draw, titles = common.draw_digits, []
+    monkeypatch.setattr(common, "draw_digits", lambda count, seed: draw(count // 50, seed))
+    arguments = f"--data synthetic --limit 100 --epochs 1 --out-dir {tmp_path} --workers 1".split()
+    figure = importlib.import_module("matplotlib.figure").Figure
+    monkeypatch.setattr(figure, "suptitle", lambda figure, title, **_: titles.append(title))
+    q1_baseline.main(arguments)
+    assert json.loads((tmp_path / "q1_baseline.json").read_text())["data"]["source"] == "synthetic digits"
+    out = capsys.readouterr().out
+    assert "synthetic digits" in out and "MNIST" not in out
+    assert len(titles) == 4 and all(title.startswith("[synthetic digits] ") for title in titles)
 
 
 @needs_mnist
 def test_q1_learns_real_mnist(tmp_path):
-    arguments = f"--data-dir {MNIST_DIR.resolve()} --limit 4000 --epochs 2"
-    code, _, err = run_script("q1_baseline.py", f"{arguments} --out-dir .", cwd=tmp_path)
-    assert code == 0, err
-    found = results(tmp_path)
-    sizes = {"train": 4000, "val": 5000, "test": 10_000}
-    assert found["data"] == {"source": "MNIST", **sizes}
+    call_script("q1_baseline.py", "--limit 4000 --epochs 2 --only baseline", MNIST_DIR, tmp_path)
+    found = json.loads((tmp_path / "q1_baseline.json").read_text())
+    assert found["data"] == {"source": "MNIST", "train": 4_000, "val": 5_000, "test": 10_000}
     assert found["runs"]["baseline"]["mean"] > 92
 
 
-BAD = "--epochs=0 --epochs=-1 --epochs=1.5 --batch-size=0 --batch-size=many --lr=0"
-BAD += " --lr=-0.1 --lr=nan --lr=inf --seeds=0 --seed=-1 --limit=0 --device=tpu"
-BAD += " --precision=fp8 --data=cifar --layers=3"
+def test_only_trains_one_network(mnist_folder, tmp_path):
+    call_script("q2_variants/variant4_under_25k.py", "--epochs 1 --limit 50 --only squeeze", mnist_folder, tmp_path)
+    runs, _ = results_in(tmp_path, "variant4_under_25k")
+    assert list(runs) == ["squeeze", "squeeze improved"]
 
 
-@pytest.mark.parametrize("argument", BAD.split())
-def test_a_bad_option_is_one_line_that_names_it(argument, tmp_path, capsys):
+BAD = "--epochs=0 --epochs=-1 --epochs=1.5 --batch-size=0 --batch-size=many --lr=0 --lr=-0.1 --lr=nan --lr=inf "
+BAD += "--seeds=0 --seed=-1 --limit=0 --workers=0 --threads=0 --device=tpu --precision=fp8 --data=cifar --layers=3"
+
+
+@pytest.mark.parametrize("argument", [*BAD.split(), "--only=LeNet"])
+def test_bad_option_is_one_line_that_names_it(argument, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        q1_baseline.main([argument, "--out-dir", str(tmp_path)])
+        variant4.main([argument, "--out-dir", str(tmp_path)])
     line, (option, value) = capsys.readouterr().err, argument.split("=")
     assert end.value.code == 2 and line.count("\n") == 1
     assert option in line and value in line
+    assert option != "--only" or all(name in line for name in variant4.RUNS)
 
 
 def test_seed_and_seeds_exclude_each_other(capsys):
@@ -176,7 +169,7 @@ def test_seed_and_seeds_exclude_each_other(capsys):
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_device_that_is_not_there_is_one_line(monkeypatch, capsys):
+def test_missing_device_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(common, "available_devices", lambda: ["cpu"])
     with pytest.raises(SystemExit) as end:
         q1_baseline.main(["--device", "cuda"])
@@ -184,68 +177,79 @@ def test_a_device_that_is_not_there_is_one_line(monkeypatch, capsys):
     assert end.value.code == 2 and "--device cuda" in line and line.count("\n") == 1
 
 
-def test_an_output_folder_is_tried_before_the_training(tmp_path, mnist_folder, capsys):
+def test_output_folder_is_tried_before_the_training(tmp_path, mnist_folder, capsys):
     (tmp_path / "file").write_text("not a folder")
     folder = str(tmp_path / "file" / "out")
     with pytest.raises(SystemExit) as end:
         q1_baseline.main(["--out-dir", folder, "--data-dir", str(mnist_folder)])
-    said = capsys.readouterr()
-    assert end.value.code == 2 and said.err.count("\n") == 1 and not said.out
-    assert "--out-dir" in said.err and folder in said.err
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.err.count("\n") == 1 and not printed.out
+    assert "--out-dir" in printed.err and folder in printed.err
 
 
-def test_broken_data_is_one_line_and_exit_code_1(tmp_path):
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name in common.MNIST_FILES:
-        (raw / name).write_text("<html>")
-    arguments = f"--data-dir {tmp_path} --out-dir {tmp_path}"
-    code, _, err = run_script("q1_baseline.py", arguments, cwd=tmp_path)
-    assert code == 1 and err.count("\n") == 1 and common.MNIST_FILES[0] in err
+def test_single_image_is_enough(mnist_folder, tmp_path):
+    call_script("q1_baseline.py", "--limit 1 --epochs 1", mnist_folder, tmp_path)
+    assert (tmp_path / "q1_baseline.json").exists()
 
 
-def test_a_full_disk_is_one_line(mnist_folder, tmp_path):
-    """A limit of 1 MB to a file stands for the full disk: the checkpoint is larger."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-
-    arguments = f"--data-dir {mnist_folder} --out-dir out"
-    code, _, err = run_script("q1_baseline.py", arguments, cwd=tmp_path, preexec_fn=limit)
-    assert code == 1 and re.fullmatch(r"cannot write .*seed0\.pt: .*\n", err)
-    left = [path.name for path in (tmp_path / "out").iterdir()]
-    assert left == ["q1_baseline_samples.png"]
-
-
-def test_a_single_image_is_enough_and_no_mistake_is_no_trouble(tiny, mnist_folder, tmp_path):
-    arguments = f"--data-dir {mnist_folder} --out-dir {tmp_path} --limit 1 --epochs 1"
-    q1_baseline.main(arguments.split())
-    check_outputs(tmp_path, seeds=1)
-    options = common.argparse.Namespace(stem=tmp_path / "all_right")
+def test_gallery_without_mistakes_is_empty(tiny, tmp_path):
     logits = 100 * torch.nn.functional.one_hot(tiny.test.labels, 10).float()
-    q1_baseline.plot_mistakes(logits, tiny, options)
-    assert (tmp_path / "all_right_mistakes.png").exists()
+    figure = q1_baseline.plot_mistakes(logits, tiny.test)
+    common.save_figure(tmp_path / "mistakes.png", figure, "no mistakes", "MNIST")
+    assert (tmp_path / "mistakes.png").stat().st_size > 1000
 
 
 def test_divergence_is_reported_and_ends_with_exit_code_1(mnist_folder, tmp_path):
-    arguments = f"--data-dir {mnist_folder} --out-dir {tmp_path} --lr 1e30"
-    with pytest.raises(SystemExit, match=r"^training diverged: .*$"):
-        q1_baseline.main(arguments.split())
-    check_outputs(tmp_path, seeds=1)
-    for run in results(tmp_path)["runs"].values():
+    with pytest.raises(SystemExit, match=r"^training diverged: baseline, constant learning rate; .*$"):
+        call_script("q1_baseline.py", "--lr 1e30", mnist_folder, tmp_path)
+    for run in results_in(tmp_path, "q1_baseline")[0].values():
         assert run["seeds"][0]["health"] == ["diverged"]
 
 
-SCRIPTS = [path.relative_to(ROOT) for path in ROOT.glob("q*/*.py")]
-SCRIPTS += [path.relative_to(ROOT) for path in ROOT.glob("q*.py")]
+def check_claims(health, intended, claims=()):
+    result = common.Result({}, 0, 0, common.History(health=health), {})
+    common.check_claims(list(claims), intended, {"run": [result]})
 
 
-@pytest.mark.parametrize("script", sorted(map(str, SCRIPTS)))
-def test_help_names_the_claim_and_the_options(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
+def test_true_claims_are_a_reproduced_failure(capsys):
+    check_claims(["diverged"], {"run": "diverged"}, [("it fails", True)])
+    check_claims([], {})
+    out = capsys.readouterr().out
+    assert "yes it fails" in out and out.count("failure reproduced") == 2
+
+
+@pytest.mark.parametrize(
+    ("health", "intended", "claims"),
+    [
+        ([], {"run": "diverged"}, []),  # a missed alarm
+        (["overfitting"], {}, []),  # a false alarm
+        (["dead ReLUs"], {"run": "diverged"}, []),
+        ([], {}, [("it fails", False)]),
+    ],
+)
+def test_false_claim_ends_with_exit_code_1(health, intended, claims, capsys):
+    with pytest.raises(SystemExit, match="^failure not reproduced"):
+        check_claims(health, intended, claims)
+    assert "NO  " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_states_the_finding_and_the_options(script, capsys):
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(ROOT / script, run_name="__main__")
-    said = capsys.readouterr().out
+        module_of(script).main(["--help"])
+    out = capsys.readouterr().out
     for word in ("Expect", "Why", "Run", "--epochs", "--seeds", "--device", "--out-dir"):
-        assert word in said
-    assert end.value.code == 0 and "None" not in said
+        assert word in out
+    assert end.value.code == 0 and "None" not in out
+
+
+def test_help_loads_neither_matplotlib_nor_torchvision(tmp_path):
+    """They take seconds on a slow machine."""
+    program = tmp_path / "program.py"
+    names = [script.removesuffix(".py").replace("/", ".") for script in SCRIPTS]
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport {', '.join(names)}\n"
+        "print([name for name in ('matplotlib', 'torchvision') if name in sys.modules])"
+    )
+    code, out, err = run_script(program, "", cwd=tmp_path)
+    assert code == 0 and out == "[]\n", err

@@ -1,0 +1,123 @@
+"""Networks against the published tables of layers; augmentation against torchvision."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as torchvision
+
+import common
+from q1_baseline import baseline_cnn
+from q2_variants import variant1_kernel_sizes as variant1
+from q2_variants import variant2_batchnorm_gap as variant2
+from q2_variants import variant3_advanced_combo as variant3
+from q2_variants import variant4_under_25k as variant4
+from q2_variants import variant5_under_10k as variant5
+
+NETWORKS = {  # parameters of the layers that have any, and their published sum
+    baseline_cnn: ([320, 18_496, 401_536, 1_290], 421_642),
+    variant1.kernel_sizes_cnn: ([832, 2_112, 401_536, 1_290], None),
+    variant2.batchnorm_gap_cnn: ([144, 32, 4_608, 64, 18_432, 128, 36_864, 128, 650], None),
+    variant3.advanced_combo_cnn: ([832, 64, 18_496, 128, 8_320, 256, 1_290], 29_386),
+    variant4.narrow_head_cnn: ([80, 1_168, 3_480, 19_250, 510], 24_488),
+    variant4.squeeze_cnn: ([80, 1_168, 136, 1_168, 272, 4_640, 1_056, 15_690], 24_210),
+    variant5.mnist_net_1: ([72, 1_152, 2_304, 128, 576, 576, 1_152, 160, 2_500], 8_620),
+    variant5.mnist_net_2: ([72, 16, 1152, 32, 128, 1152, 32, 2304, 32, 2304, 32, 160], 7_416),
+    variant5.mnist_net_3: ([72, 16, 1152, 32, 128, 16, 864, 24, 1_728, 32, 2_304, 32, 160], 6_560),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_layers_are_the_published_ones(network):
+    layers, total = NETWORKS[network]
+    found = [common.count_parameters(layer) for layer in network()]
+    assert [count for count in found if count] == layers
+    assert common.count_parameters(network()) == sum(layers)
+    assert total in (None, sum(layers))
+
+
+def test_table_of_layers_shows_shapes_and_parameters(capsys):
+    common.print_layers(baseline_cnn())
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert rows[1] == ["Conv2d", "32", "x", "28", "x", "28", "320"]
+    assert rows[2] == ["MaxPool2d", "32", "x", "14", "x", "14", "0"]
+    assert rows[8] == ["Linear", "128", "401,536"] and rows[-1] == ["total", "421,642"]
+
+
+def test_pooling_before_relu_is_the_published_function():
+    torch.manual_seed(0)
+    ours = baseline_cnn().eval()
+    conv1, pool, relu, conv2, _, _, *head = ours
+    published = nn.Sequential(conv1, relu, pool, conv2, relu, pool, *head)
+    images = torch.randn(8, 1, 28, 28)
+    torch.testing.assert_close(ours(images), published(images))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_gradients_reach_every_parameter(network):
+    torch.manual_seed(0)
+    model = network().train()
+    logits = model(torch.randn(16, 1, 28, 28))
+    assert logits.shape == (16, 10)
+    nn.functional.cross_entropy(logits, torch.arange(16) % 10).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        # Exactly 0 is out of reach. (A bias before BatchNorm gets rounding errors only.)
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.fixture(scope="module")
+def images():
+    return common.draw_digits(40, seed=3)[0].float()
+
+
+def test_affine_agrees_with_torchvision_image_by_image(images):
+    generator = torch.Generator().manual_seed(0)
+    angle = torch.rand(40, generator=generator) * 60 - 30
+    shift = torch.rand(40, 2, generator=generator) * 8 - 4
+    scale = 0.7 + 0.6 * torch.rand(40, generator=generator)
+    ours = common.affine(images, angle, shift, scale)
+    for i, image in enumerate(images):
+        options = {"translate": shift[i].tolist(), "scale": scale[i].item(), "shear": [0.0, 0.0]}
+        theirs = torchvision.affine(image, angle[i].item(), interpolation=InterpolationMode.BILINEAR, **options)
+        torch.testing.assert_close(ours[i], theirs, atol=0.01, rtol=0)  # of 255
+
+
+def test_crop_agrees_with_torchvision(images, monkeypatch):
+    monkeypatch.setattr(common, "random_affine", lambda images, *_, **__: images)
+    many = images.repeat(50, 1, 1, 1)
+    ours = variant4.rotate_or_crop(many, torch.Generator().manual_seed(0))
+    cropped = torchvision.resize(torchvision.center_crop(many, [22, 22]), [28, 28])
+    changed = (ours != many).flatten(1).any(1)
+    assert changed.float().mean().item() == pytest.approx(0.1, abs=0.03)
+    torch.testing.assert_close(ours[changed], cropped[changed], atol=0.01, rtol=0)
+
+
+def test_random_affine_stays_within_its_limits(images, monkeypatch):
+    seen = []
+    monkeypatch.setattr(common, "affine", lambda images, *arguments: seen.append(arguments) or images)
+    generator = torch.Generator().manual_seed(0)
+    common.random_affine(images.repeat(50, 1, 1, 1), generator, degrees=(7, 15), shift=2, scale=0.1)
+    angle, shift, scale = seen[0]
+    assert 18 < angle.abs().max() <= 22 and abs(angle.mean()) < 1
+    # Two uniform rotations in a row: their variances add.
+    assert angle.var().item() == pytest.approx((7**2 + 15**2) / 3, rel=0.1)
+    assert 1.9 < shift.abs().max() <= 2 and 0.9 <= scale.min() and scale.max() <= 1.1
+
+
+def test_no_augmentation_is_the_identity(images):
+    unchanged = common.random_affine(images, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(unchanged, images, atol=0.01, rtol=0)
+
+
+def test_augmented_training_is_deterministic(tiny):
+    def losses(augment):
+        torch.manual_seed(0)
+        model = variant4.narrow_head_cnn()
+        optimizer = torch.optim.Adam(model.parameters())
+        return common.fit(model, tiny, optimizer, epochs=1, batch_size=128, augment=augment).step_losses
+
+    rotate = partial(common.random_affine, degrees=(15,))
+    assert losses(rotate) == losses(rotate) != losses(None)
