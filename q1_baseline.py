@@ -12,6 +12,7 @@ Run     python q1_baseline.py               five minutes on two CPU cores
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -40,6 +41,17 @@ def baseline_cnn(dropout: float = 0.5) -> nn.Sequential:
         *[nn.Linear(3136, 128), nn.ReLU(), nn.Dropout(dropout)],
         nn.Linear(128, 10),
     )
+
+
+def print_layers(model):
+    """Print a table of the layers of a chain with their output shapes, without the batch, and parameters."""
+    print(f"{'layer':<18} {'output shape':<14} {'parameters':>10}")
+    x = torch.zeros(2, 1, 28, 28)
+    for layer in model:
+        x = layer(x)
+        shape = " x ".join(map(str, x.shape[1:]))
+        print(f"{type(layer).__name__:<18} {shape:<14} {common.count_parameters(layer):>10,}")
+    print(f"{'total':<33} {common.count_parameters(model):>10,}\n")
 
 
 def train(config, data, seed, **settings):
@@ -86,6 +98,18 @@ def plot_confusion(counts):
     return figure
 
 
+def draw_images(axes, images, columns, captions=()):
+    """Images (N, 1, 28, 28) in rows of `columns`, dark on light as on paper, below captions of two short lines."""
+    top, rows = (14 if captions else 2), max(1, math.ceil(len(images) / columns))
+    tiles = F.pad(images.cpu(), (2, 2, top, 2, 0, 0, 0, rows * columns - len(images)))
+    tiles = tiles.view(rows, columns, 30 + top, 32).transpose(1, 2).flatten(2)
+    axes.imshow(tiles.flatten(0, 1).numpy(), cmap="gray_r", vmin=0, vmax=255)
+    for i, caption in enumerate(captions):
+        x, y = 32 * (i % columns) + 16, (30 + top) * (i // columns) + top
+        axes.text(x, y, caption, ha="center", va="bottom", fontsize=9)
+    axes.axis("off")
+
+
 def plot_samples(train):
     """Ten training images of each digit."""
     shown = train.images.new_zeros(10, 10, 1, 28, 28)
@@ -93,7 +117,7 @@ def plot_samples(train):
         images = train.images[train.labels == digit][:10]
         shown[digit, : len(images)] = images
     figure = common.new_figure(7, 7.5)
-    common.draw_images(figure.subplots(), shown.flatten(0, 1), columns=10)
+    draw_images(figure.subplots(), shown.flatten(0, 1), columns=10)
     return figure
 
 
@@ -104,14 +128,14 @@ def plot_mistakes(logits, test):
     shown = wrong[confidence[wrong].argsort(descending=True, stable=True)][:40]
     captions = [f"{test.labels[i]}, predicted {predicted[i]}\n{100 * confidence[i]:.1f} %" for i in shown]
     figure = common.new_figure(10, 7.5)
-    common.draw_images(figure.subplots(), test.images[shown], columns=8, captions=captions)
+    draw_images(figure.subplots(), test.images[shown], columns=8, captions=captions)
     return figure
 
 
 def main(argv=None):
     args = common.parse_args(__file__, __doc__, RUNS, argv)
     data = common.load_data(args)
-    common.print_layers(baseline_cnn())
+    print_layers(baseline_cnn())
     results = common.run_all(train, args, data)
 
     seeds = next(iter(results.values()))  # of the baseline, unless --only says otherwise

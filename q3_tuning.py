@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 import common
 from q2_variants.variant3_advanced_combo import advanced_combo_cnn
+from q2_variants.variant4_under_25k import random_affine
 
 PUBLISHED = {"optimizer": "Adam", "lr": 1e-3, "batch_size": 64, "dropout": 0.5, "init": "He"}
 RUNS = {"published": {**PUBLISHED, "epochs": 3}}
@@ -57,7 +58,7 @@ BEST = 2  # configurations of the study that become finalists
 SGD = {"optimizer": "SGD", "lr": 0.01}  # published: "reaches about 99 %, but needs more epochs"
 COMPARED_EPOCHS = 6  # of the comparison of that with Adam
 GOALS = 98, 98.5, 99  # validation accuracies whose first epoch is compared
-AUGMENT = partial(common.random_affine, degrees=[10], shift=2, scale=0.1)
+AUGMENT = partial(random_affine, degrees=[10], shift=2, scale=0.1)
 
 
 def train(config, data, seed, **settings):
@@ -233,15 +234,15 @@ def plot_hyperparameters(base, found):
         for x, config in enumerate(best.values()):
             for seed in found[name_of(config)]:
                 marker, color = ("X", common.COLORS[1]) if seed.history.diverged else ("o", common.COLORS[0])
-                axes.plot(x, common.error_of(seed.history.val_accuracy), marker, color=color, fillstyle="none")
-        axes.plot([common.error_of(mean) for mean in means], color="0.7", zorder=0)
+                axes.plot(x, seed.history.val_accuracy, marker, color=color, fillstyle="none")
+        axes.plot(means, color="0.7", zorder=0)
         tuned = any(len(configs) > 1 for configs in candidates(key, base).values())
         ticks = [f"{value}\nat {config['lr']:g}" if tuned else value for value, config in best.items()]
         axes.set_xticks(range(len(best)), ticks, rotation=45 if key == "lr" else 0)
         axes.set_xlabel(f"{TERMS[key]} (at its best learning rate)" if tuned else TERMS[key])
         axes.grid(True)
         spreads[TERMS[key]] = max(means) - min(means)
-    common.accuracy_axis(panels[0].yaxis)
+    common.accuracy_axis(panels[0])
     panels[0].set_ylabel("validation accuracy (%)")
     order = sorted(spreads, key=spreads.get)
     texts = [f"{term} ({spreads[term]:.1f} points)" for term in (order[-1], order[0])]
@@ -256,13 +257,12 @@ def plot_learning_rates(base, found):
     for i, (name, configs) in enumerate(candidates("optimizer", base).items()):
         rates = [config["lr"] for config in configs]
         results = [found[name_of(config)] for config in configs]
-        means = [common.error_of(mean_accuracy(seeds)) for seeds in results]
+        means = [mean_accuracy(seeds) for seeds in results]
         axes.plot(rates, means, color=common.COLORS[i])
         for lr, seeds in zip(rates, results, strict=True):
-            errors = [common.error_of(value) for value in accuracies(seeds)]
-            axes.plot([lr] * len(errors), errors, common.MARKERS[i], color=common.COLORS[i], fillstyle="none")
+            axes.plot([lr] * len(seeds), accuracies(seeds), common.MARKERS[i], color=common.COLORS[i], fillstyle="none")
         ends.append((rates[-1], means[-1], name, common.COLORS[i]))
-    common.accuracy_axis(axes.yaxis)
+    common.accuracy_axis(axes)
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation accuracy (%)")
     common.label_ends(axes, ends)
     return figure
@@ -274,13 +274,10 @@ def plot_finalists(finalists):
     axes = figure.subplots()
     for y, seeds in enumerate(finalists.values()):
         mean, std = common.mean_std(accuracies(seeds))
-        x = common.error_of(mean)
-        axes.errorbar(x, y, xerr=std, capsize=4, marker="o", color=common.COLORS[0])
-        axes.plot(
-            [common.error_of(value) for value in accuracies(seeds)], [y] * len(seeds), "|", color=common.COLORS[1]
-        )
-        axes.annotate(f"{mean:.2f}", (x, y), (0, 8), textcoords="offset points", ha="center")
-    common.accuracy_axis(axes.xaxis)
+        axes.errorbar(mean, y, xerr=std, capsize=4, marker="o", color=common.COLORS[0])
+        axes.plot(accuracies(seeds), [y] * len(seeds), "|", color=common.COLORS[1])
+        axes.annotate(f"{mean:.2f}", (mean, y), (0, 8), textcoords="offset points", ha="center")
+    common.accuracy_axis(axes, "x")
     axes.set_yticks(range(len(finalists)), list(finalists))
     axes.set_ylim(len(finalists) - 0.5, -0.6)
     axes.set_xlabel("validation accuracy (%): mean, standard deviation, and the seeds")

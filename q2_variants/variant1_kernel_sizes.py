@@ -17,6 +17,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
+from q1_baseline import print_layers
 
 RUNS = {  # as the baseline
     "5x5 and 1x1 kernels": {"epochs": 20, "batch_size": 64, "lr": 1e-3, "decay": 0.8, "patience": 3}
@@ -55,7 +56,7 @@ def train(config, data, seed, **settings):
 def main(argv=None):
     args = common.parse_args(__file__, __doc__, RUNS, argv)
     data = common.load_data(args)
-    common.print_layers(kernel_sizes_cnn())
+    print_layers(kernel_sizes_cnn())
     results = common.run_all(train, args, data)
 
     common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), common.summarize(results), data.name)

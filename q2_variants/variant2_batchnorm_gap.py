@@ -18,6 +18,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
+from q1_baseline import print_layers
 
 RUNS = {  # as the baseline
     "BatchNorm and GAP": {"epochs": 20, "batch_size": 64, "lr": 1e-3, "decay": 0.8, "patience": 3}
@@ -63,7 +64,7 @@ def train(config, data, seed, **settings):
 def main(argv=None):
     args = common.parse_args(__file__, __doc__, RUNS, argv)
     data = common.load_data(args)
-    common.print_layers(batchnorm_gap_cnn())
+    print_layers(batchnorm_gap_cnn())
     results = common.run_all(train, args, data)
 
     common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), common.summarize(results), data.name)

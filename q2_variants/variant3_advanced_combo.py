@@ -20,6 +20,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
+from q1_baseline import print_layers
+from q2_variants.variant4_under_25k import random_affine
 
 RUNS = {
     "published recipe": {
@@ -72,7 +74,7 @@ def train(config, data, seed, **settings):
         batch_size=config["batch_size"],
         seed=seed,
         scheduler=OneCycleLR(optimizer, config["lr"], total_steps=steps) if one_cycle else None,
-        augment=config["augment"] and partial(common.random_affine, **config["augment"]),
+        augment=config["augment"] and partial(random_affine, **config["augment"]),
         **settings,
     )
 
@@ -80,11 +82,10 @@ def train(config, data, seed, **settings):
 def main(argv=None):
     args = common.parse_args(__file__, __doc__, RUNS, argv)
     data = common.load_data(args)
-    common.print_layers(advanced_combo_cnn())
+    print_layers(advanced_combo_cnn())
     results = common.run_all(train, args, data)
 
-    title = f"AdvancedComboCNN: {common.summarize(results)}"
-    common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), title, data.name)
+    common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), common.summarize(results), data.name)
     common.report(results, args, data)
 
 

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
+from q1_baseline import draw_images, print_layers
 
 # step: epochs after which the learning rate falls to a tenth. None: it rises to lr and falls to zero (one-cycle).
 RUNS = {
@@ -63,16 +64,39 @@ def squeeze_cnn():
 NETWORKS = {"narrow-head": narrow_head_cnn, "squeeze": squeeze_cnn}
 
 
+def affine(images, angle, shift, scale):
+    """Rotate, scale and shift each of `images`, float (B, 1, 28, 28), about its centre, as torchvision's `affine` does:
+    bilinear, 0 beyond the border. angle (B,) in degrees, clockwise; shift (B, 2) in pixels, right and down; scale (B,).
+    """
+    cos, sin = torch.deg2rad(angle).cos() / scale, torch.deg2rad(angle).sin() / scale
+    x, y = (shift / -14).unbind(1)  # the image extends from -1 to 1
+    theta = torch.stack([cos, sin, cos * x + sin * y, -sin, cos, cos * y - sin * x], 1).view(-1, 2, 3)
+    return F.grid_sample(images, F.affine_grid(theta, images.shape, align_corners=False), align_corners=False)
+
+
+def random_affine(images, generator, degrees=(), shift=0.0, scale=0.0):
+    """Transform each of `images`, float (B, 1, 28, 28), differently: rotate by up to +-`degrees` (several rotations
+    add up), shift by up to +-`shift` pixels and scale by 1 +- `scale`, all uniformly distributed."""
+
+    def uniform(*shape):
+        return torch.rand((len(images), *shape), generator=generator, device=images.device) * 2 - 1
+
+    angle = images.new_zeros(len(images))
+    for limit in degrees:
+        angle += limit * uniform()
+    return affine(images, angle, shift * uniform(2), 1 + scale * uniform())
+
+
 def rotate_or_crop(images, generator):
     """The published augmentation: a tenth of the images are cropped to the central 22x22 pixels and resized, then all
     are rotated by up to 15 degrees."""
     chosen = torch.rand(len(images), generator=generator, device=images.device) * 2 - 1 < 2 * 0.1 - 1
     rows = chosen.nonzero().flatten()
     resized = F.interpolate(images[rows, :, 3:25, 3:25], size=28, mode="bilinear")
-    return common.random_affine(images.index_copy(0, rows, resized), generator, degrees=[15])
+    return random_affine(images.index_copy(0, rows, resized), generator, degrees=[15])
 
 
-rotate_and_shift = partial(common.random_affine, degrees=[10], shift=2, scale=0.1)
+rotate_and_shift = partial(random_affine, degrees=[10], shift=2, scale=0.1)
 
 
 def train(config, data, seed, **settings):
@@ -111,7 +135,7 @@ def plot_augmentation(images):
     figure = common.new_figure(9, 6.5)
     panels = figure.subplots(len(rows), height_ratios=[len(versions) for versions in rows.values()])
     for axes, (name, versions) in zip(panels, rows.items(), strict=True):
-        common.draw_images(axes, torch.cat(versions), columns=12)
+        draw_images(axes, torch.cat(versions), columns=12)
         axes.set_title(name, loc="left", fontsize=10)
     return figure
 
@@ -121,7 +145,7 @@ def main(argv=None):
     data = common.load_data(args)
     for name in dict.fromkeys(config["network"] for config in args.runs.values()):
         print(name)
-        common.print_layers(NETWORKS[name]())
+        print_layers(NETWORKS[name]())
     results = common.run_all(train, args, data)
 
     title = "Augmentation: twelve training images as each recipe shows them"
@@ -130,8 +154,7 @@ def main(argv=None):
     improved = {name: seeds for name, seeds in results.items() if name.endswith("improved")}
     for what, part in (("curves", published), ("curves_improved", improved)):
         if part:
-            title = f"Test accuracy: {common.summarize(part)}"
-            common.save_figure(f"{args.stem}_{what}.png", common.plot_curves(part), title, data.name)
+            common.save_figure(f"{args.stem}_{what}.png", common.plot_curves(part), common.summarize(part), data.name)
     common.report(results, args, data)
 
 

@@ -22,6 +22,8 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
+from q1_baseline import print_layers
+from q2_variants.variant4_under_25k import random_affine
 
 PUBLISHED = {"MnistNet_1": 98.49, "MnistNet_2": 99.39, "MnistNet_3": 99.45}  # test accuracy, one run, chosen on test
 # step, gamma: epochs after which the learning rate is multiplied by gamma. None: it rises to lr and falls to zero
@@ -111,7 +113,7 @@ def train(config, data, seed, **settings):
         batch_size=config["batch_size"],
         seed=seed,
         scheduler=scheduler,
-        augment=config["augment"] and partial(common.random_affine, **config["augment"]),
+        augment=config["augment"] and partial(random_affine, **config["augment"]),
         **settings,
     )
 
@@ -143,17 +145,18 @@ def main(argv=None):
     data = common.load_data(args)
     for name in dict.fromkeys(config["network"] for config in args.runs.values()):
         print(name)
-        common.print_layers(NETWORKS[name]())
+        print_layers(NETWORKS[name]())
     results = common.run_all(train, args, data)
 
     published = {name: seeds for name, seeds in results.items() if not name.endswith("improved")}
     improved = {name: seeds for name, seeds in results.items() if name.endswith("improved")}
     for what, part in (("curves", published), ("curves_improved", improved)):
         if part:
-            title = f"Test accuracy: {common.summarize(part)}"
-            common.save_figure(f"{args.stem}_{what}.png", common.plot_curves(part), title, data.name)
+            common.save_figure(f"{args.stem}_{what}.png", common.plot_curves(part), common.summarize(part), data.name)
     best = max(results, key=lambda name: sum(common.test_accuracies(results[name])))
-    title = f"Fewer than 10,000 parameters: {common.summarize({best: results[best]})}"
+    title = (
+        f"Fewer than 10,000 parameters: {best} reaches {common.format_accuracy(common.test_accuracies(results[best]))}"
+    )
     common.save_figure(f"{args.stem}_sizes.png", plot_sizes(results), title, data.name)
     common.report(results, args, data)
 

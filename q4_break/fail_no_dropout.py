@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py liv
 
 import common
 from q1_baseline import baseline_cnn
+from q2_variants.variant4_under_25k import random_affine
 
 AUGMENT = {"degrees": [10], "shift": 2, "scale": 0.1}
 FEW = {"epochs": 16, "batch_size": 64, "lr": 1e-3, "images": 2_000}  # few enough to be memorised in half a minute
@@ -45,7 +46,7 @@ def train(config, data, seed, **settings):
         epochs=config["epochs"],
         batch_size=config["batch_size"],
         seed=seed,
-        augment=config["augment"] and partial(common.random_affine, **config["augment"]),
+        augment=config["augment"] and partial(random_affine, **config["augment"]),
         **settings,
     )
 

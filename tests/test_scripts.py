@@ -1,6 +1,5 @@
 """The scripts as a user runs them, judged by what they print and by the files they leave."""
 
-import csv
 import importlib
 import json
 import os
@@ -60,14 +59,16 @@ def test_script_leaves_its_log_its_results_and_its_plots(script, mnist_folder, t
     for name, run in runs.items():
         assert run["config"] == {**json.loads(json.dumps(module.RUNS[name])), "epochs": 2}
         assert set(run["seeds"][0]["health"]) <= set(common.ALARMS)
-        assert re.search(rf"^{re.escape(name)} +{run['parameters']:,} +{run['mean']:.2f} % \(1 seed\)", out, re.MULTILINE)
+        assert re.search(rf"^{re.escape(name)} +{run['parameters']:,} +{run['mean']:.2f} %  +", out, re.MULTILINE)
     files = {f"{stem}_{what}.png" for what in PLOTS[stem]} | {f"{stem}.csv", f"{stem}.json", f"{stem}_runs"}
     assert {path.name for path in tmp_path.iterdir()} == files
     for path in tmp_path.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
-@pytest.mark.parametrize("script", ["q1_baseline.py", "q2_variants/variant1_kernel_sizes.py", "q4_break/fail_high_lr.py"])
+@pytest.mark.parametrize(
+    "script", ["q1_baseline.py", "q2_variants/variant1_kernel_sizes.py", "q4_break/fail_high_lr.py"]
+)
 def test_script_runs_from_another_folder(script, mnist_folder, tmp_path):
     """One of each folder, in a process of its own."""
     arguments = f"--data-dir {mnist_folder} --out-dir out --epochs 1 --limit 100 --workers 1"

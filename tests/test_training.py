@@ -10,6 +10,7 @@ from torch import nn
 
 import common
 from q1_baseline import baseline_cnn
+from q2_variants.variant4_under_25k import random_affine
 
 STEPS = 7  # of 128 images, in an epoch of the 880 tiny ones
 
@@ -159,7 +160,7 @@ def stop(tiny, path, after, **options):
         train(tiny, checkpoint=path, **options)
 
 
-ROTATE = partial(common.random_affine, degrees=(15,))
+ROTATE = partial(random_affine, degrees=(15,))
 OPTIONS = [{}, {"patience": 2, "lr": 0.03}, {"scheduled": True, "augment": ROTATE}]
 
 
@@ -279,7 +280,7 @@ def test_files_are_written_completely_or_not_at_all(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(common.os, "fsync", fail)
+    monkeypatch.setattr(common.os, "replace", fail)
     with pytest.raises(SystemExit, match=f"^cannot write {path}: No space left on device$"):
         common.write_file(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
