@@ -257,10 +257,11 @@ def download_mnist(raw: Path, names: list[str]):
             os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
 
 
-def batches(split: Split, size: int, order: torch.Generator, augment=None):
+def batches(split: Split, size: int, order: torch.Generator, augment=None, shuffle=True):
     """Yield (images float32 (B, 1, 28, 28), labels (B,)), every image once, shuffled by the generator `order` (on the
     CPU); the last batch may be smaller. `augment` gets the images as floats 0-255, before they are normalized."""
-    permutation = torch.randperm(len(split.labels), generator=order)
+    count = len(split.labels)
+    permutation = torch.randperm(count, generator=order) if shuffle else torch.arange(count)
     for rows in permutation.to(split.labels.device).split(size):  # resident data: a batch is one indexing operation
         images = split.images[rows]
         if augment:
@@ -294,6 +295,9 @@ class History:
     best_epoch: int = 0  # whose weights were kept
     diverged: bool = False
     health: list[str] = field(default_factory=list)  # the alarms of `check_health`
+    updates: list[list] = field(default_factory=list)  # each epoch's: a parameter's length before, after, and distance
+    batch_labels: list[int] = field(default_factory=list)  # of an epoch's last batch
+    symmetric: list[str] = field(default_factory=list)  # `symmetric_layers` before the training
     trace: dict[str, list] = field(default_factory=dict)  # what the script recorded
 
     val_accuracy = property(lambda history: history.rows[history.best_epoch - 1]["val_accuracy"])  # of the kept weights
@@ -309,6 +313,7 @@ def fit(
     seed: int = 0,  # of the batch order and the augmentation; neither dropout nor evaluation shifts it
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,  # stepped after every batch
     augment=None,  # (images float 0-255 (B, 1, 28, 28), torch.Generator) -> images
+    shuffle: bool = True,
     patience: int | None = None,  # epochs without a better one after which training stops
     precision: str = "fp32",  # "bf16": forward pass under autocast; weights, loss and evaluation stay fp32
     trace: dict[str, list] | None = None,  # lists that the script fills; checkpoints keep them
@@ -322,7 +327,7 @@ def fit(
     order, noise = (torch.Generator(device).manual_seed(seed) for device in ("cpu", data.train.labels.device))
     parts = {"model": model, "optimizer": optimizer, "order": order, "noise": noise, "scheduler": scheduler}
     identity = {**(identity or {}), "network": repr(model)}
-    history = History(trace={} if trace is None else trace)
+    history = History(trace={} if trace is None else trace, symmetric=symmetric_layers(model))
     best = copy.deepcopy(model.state_dict())
     if resume and checkpoint.exists():
         best = restore_training(checkpoint, identity, parts, history)
@@ -330,28 +335,35 @@ def fit(
         save_training(checkpoint, identity, parts, history, best)
     while not history.diverged and len(history.rows) < min(epochs, history.best_epoch + (patience or epochs)):
         started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
-        drawn = batches(data.train, batch_size, order, augment and (lambda images: augment(images, noise)))
+        drawn = batches(data.train, batch_size, order, augment and (lambda images: augment(images, noise)), shuffle)
+        before = [p.detach().clone() for p in model.parameters()]
         steps = math.ceil(len(data.train.labels) / batch_size)
-        losses, train = train_epoch(model, drawn, steps, optimizer, scheduler, precision, progress)
+        losses, train, history.batch_labels = train_epoch(
+            model, drawn, steps, optimizer, scheduler, precision, progress
+        )
         val = evaluate(model, data.val)
         row = {"epoch": len(history.rows) + 1, "train_loss": train[0], "train_accuracy": train[1]}
         row |= {"val_loss": val[0], "val_accuracy": val[1], "lr": lr, "seconds": time.perf_counter() - started}
         history.rows.append(row)
         history.step_losses += losses
+        pairs = zip(before, [p.detach() for p in model.parameters()], strict=True)
+        history.updates.append(
+            [torch.stack([old.norm(), new.norm(), (new - old).norm()]).tolist() for old, new in pairs]
+        )
         history.diverged = not math.isfinite(train[0])
         if row["epoch"] == max(history.rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))["epoch"]:
             history.best_epoch, best = row["epoch"], copy.deepcopy(model.state_dict())
         if checkpoint:
             save_training(checkpoint, identity, parts, history, best)
         progress(0, log_line(history, epochs))
-    history.health = check_health(model, history, data.train)  # of the last weights
+    history.health = check_health(model, history, data, optimizer)  # of the last weights
     model.load_state_dict(best)
     return history
 
 
 def train_epoch(model, batches, steps, optimizer, scheduler, precision, progress):
-    """Train on `batches`, `steps` of them, or until the mean loss is not finite. Returns the loss of each step, and
-    loss and accuracy of the epoch."""
+    """Train on `batches`, `steps` of them, or until the mean loss is not finite. Returns the loss of each step, loss
+    and accuracy of the epoch, and the labels of its last batch."""
     losses, total, correct, seen, shown = [], 0, 0, 0, 0
     model.train()
     for step, (images, labels) in enumerate(batches, 1):
@@ -367,12 +379,12 @@ def train_epoch(model, batches, steps, optimizer, scheduler, precision, progress
         total += loss.detach() * len(labels)
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
-        if step == steps or step % math.ceil(steps / CHECKS) == 1:
+        if step == steps or (step - 1) % math.ceil(steps / CHECKS) == 0:
             progress(seen - shown, "")
             shown = seen
             if not math.isfinite(total.item()):
                 break
-    return torch.stack(losses).tolist(), (total.item() / seen, 100 * correct.item() / seen)
+    return torch.stack(losses).tolist(), (total.item() / seen, 100 * correct.item() / seen), labels.tolist()
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -675,37 +687,125 @@ def claim_run(slot: str, store, environment: dict, folder: str):
 
 
 # ---- Health checks: what is wrong with a training that ended ---------------------------------------------------------
-ALARMS = "diverged", "not learning", "oscillating", "exploding gradients", "vanishing gradients"
-ALARMS += "dead ReLUs", "symmetric units", "overfitting"
-PROBE = 500  # training images on which gradients and ReLUs are measured
+ALARMS = (  # causes before what they cause: the first alarm of a training is its diagnosis
+    *("identical images", "wrong labels", "not shuffled", "validation data differ", "number of outputs"),
+    *("softmax before the loss", "ReLU before the loss", "gradients not reset", "initial loss too high", "diverged"),
+    *("initial weights too small", "symmetric units", "dead ReLUs", "saturated activations", "parameters not updated"),
+    *("learning rate too low", "weights decayed", "exploding gradients", "vanishing gradients", "batch statistics"),
+    *("dropout too strong", "oscillating", "constant predictions", "not learning", "underfitting", "overfitting"),
+)
+PROBE = 500  # training images on which a network is measured
+KNOWN = 1_000  # other training images, among which their nearest neighbours are sought
 WINDOWS = 20  # parts of a training, over which the loss of the steps is averaged
 
 
-def check_health(model: nn.Module, history: History, train: Split) -> list[str]:
-    """The names of the `ALARMS` that a training which just ended sets off.
-    The loss alone names no cause: at ln 10, chance level, healthy networks begin and dead ones end."""
-    if history.diverged:
-        return ["diverged"]
-    probe = first(train, PROBE)
-    chance = 100 * train.labels.bincount().max().item() / len(train.labels)
-    gradients = gradient_sizes(model, probe) or [0.1]  # all parameters may be frozen
-    distinct = min(distinct_units(weight) / len(weight) for weight in layer_weights(model))
-    steps = torch.tensor(history.step_losses).tensor_split(WINDOWS)
-    means = torch.stack([part.mean() for part in steps if len(part)])
-    rise = (means - means.cummin(0).values).max().item()
-    last = history.rows[-1]
-    gap = last["train_accuracy"] - last["val_accuracy"]
-    alarms = {  # beside each: the extremes of the recorded healthy runs; of the broken ones
-        "not learning": last["train_accuracy"] < 2 * chance,  # 8 times; 1 time
-        "oscillating": rise > 0.5,  # 0.01; 2.1, of a trial
-        "exploding gradients": not max(gradients) < 1,  # 0.03; 1e5, of a trial
-        "vanishing gradients": min(gradients) <= 1e-4 * max(gradients),  # 0.02; 0
-        "dead ReLUs": max(dead_relus(model, probe.images), default=0) > 0.9,  # 0.66; 1
-        "symmetric units": distinct < 0.5,  # 1; 0.01
-        # 25 times the loss with a gap of 0.7 points; 36 times with one of 3.6
-        "overfitting": last["val_loss"] > 10 * last["train_loss"] and gap > 1,
+def check_health(model: nn.Module, history: History, data: Dataset, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The `ALARMS` that a training which just ended sets off, the cause first, with the layers in brackets.
+
+    The loss alone names no cause: at ln 10, chance level, healthy networks begin and dead ones end. The thresholds were
+    set on faulty and healthy trainings of the networks named CALIBRATION in q4_break/fault_gallery.py.
+    """
+    classes = 1 + max(split.labels.max().item() for split in (data.train, data.val))
+    order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
+    order = order[: PROBE + KNOWN].to(data.train.labels.device)
+    sample = Split(*(tensor[order] for tensor in data.train))
+    found = {**check_data(sample, data.val, history, classes), **check_course(model, history, classes, optimizer)}
+    if not history.diverged:
+        found |= check_network(model, history, first(sample, PROBE), classes)
+    names = [name for name in ALARMS if found.get(name)]
+    return [f"{name} ({', '.join(found[name])})" if isinstance(found[name], list) else name for name in names]
+
+
+def alarm_names(health: list[str]) -> list[str]:
+    """Alarms without their layers."""
+    return [alarm.partition(" (")[0] for alarm in health]
+
+
+def check_data(sample: Split, val: Split, history: History, classes: int) -> dict:
+    """Faults of images and labels, found without the network: how many labels agree with the nearest neighbour's."""
+    size = min(PROBE, len(sample.labels) // 2)
+    pixels, accuracies = sample.images[size:].flatten(1).float(), []
+    for split in (first(sample, size), first(val, PROBE)):
+        nearest = size + torch.cdist(split.images.flatten(1).float(), pixels).argmin(1)
+        accuracies.append((sample.labels[nearest] == split.labels).float().mean().item() if size >= 100 else 1)
+    return {
+        "identical images": 2 * len(pixels.unique(dim=0)) < len(pixels),
+        "wrong labels": accuracies[0] < 0.6,
+        "not shuffled": 5 * len(set(history.batch_labels)) <= min(classes, len(history.batch_labels)),
+        "validation data differ": accuracies[0] - accuracies[1] > 0.15,
     }
-    return [name for name, alarm in alarms.items() if alarm]
+
+
+def check_course(model: nn.Module, history: History, classes: int, optimizer: torch.optim.Optimizer) -> dict:
+    """Faults that the losses, the gradients' reset and the updates of the parameters show."""
+    optimizer.zero_grad()
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    losses = torch.tensor(history.step_losses)
+    means = torch.stack([losses[0], *(part.mean() for part in losses.tensor_split(WINDOWS) if len(part))])
+    names, updates = [name for name, _ in model.named_parameters()], torch.tensor(history.updates)
+    start, end, moved = updates[0, :, 0], updates[-1, :, 1], updates[:, :, 2].sum(0)
+    layers = [i for i, parameter in enumerate(model.parameters()) if parameter.dim() > 1 and start[i] > 0]
+    return {
+        "gradients not reset": any(gradient.any() for gradient in gradients),
+        "initial loss too high": not losses[0] < 2 * math.log(classes),
+        "diverged": history.diverged,
+        "initial weights too small": max([end[i] / start[i] for i in layers], default=1) > 200,
+        "parameters not updated": [name for name, distance in zip(names, moved, strict=True) if distance == 0],
+        "learning rate too low": 0 < max([moved[i] / start[i] for i in layers], default=0) < 0.02,
+        "weights decayed": min([end[i] / start[i] for i in layers], default=1) < 0.05,
+        "oscillating": (means - means.cummin(0).values).max() > 0.5,
+    }
+
+
+def check_network(model: nn.Module, history: History, probe: Split, classes: int) -> dict:
+    """Faults that the trained network shows on some training images."""
+    outputs, logits = layer_outputs(model, probe.images)
+    weights = [weight for weight in layer_weights(model) if weight.requires_grad]
+    gradients = torch.autograd.grad(F.cross_entropy(logits, probe.labels), weights) if weights else [torch.ones(1)]
+    sizes = [gradient.square().mean().sqrt().item() for gradient in gradients]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        trained = copy.deepcopy(model).train()(normalize(probe.images))  # with dropout
+    accuracy, in_training = ((x.argmax(1) == probe.labels).float().mean().item() for x in (logits, trained))
+    last, chance = history.rows[-1], probe.labels.bincount().max().item() / len(probe.labels)
+    gap = last["train_accuracy"] - last["val_accuracy"]
+    dead = [name for name, layer, y in outputs if isinstance(layer, nn.ReLU) and dead_share(y) > 0.9]
+    bounded = [
+        (name, y if isinstance(x, nn.Tanh) else 2 * y - 1) for name, x, y in outputs if type(x) in (nn.Tanh, nn.Sigmoid)
+    ]
+    norms = [(x.weight, y) for _, x, y in outputs if isinstance(x, nn.modules.batchnorm._BatchNorm) and x.affine]
+    # With the right averages BatchNorm's outputs have the standard deviation `weight`.
+    drifts = [(y.transpose(0, 1).flatten(1).std(1) / w).abs().log().abs().median().item() for w, y in norms]
+    return {
+        "number of outputs": logits.shape[1] != classes,
+        "softmax before the loss": logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-3,
+        "ReLU before the loss": logits.min() >= 0 and (logits == 0).float().mean() > 0.1,
+        "symmetric units": sorted({*history.symmetric, *symmetric_layers(model)}),
+        "dead ReLUs": dead,
+        "saturated activations": [name for name, y in bounded if (y.abs() > 0.95).float().mean() > 0.8],
+        "exploding gradients": not max(sizes) < 1,
+        "vanishing gradients": min(sizes) <= 5e-3 * max(sizes),
+        "batch statistics": max(drifts, default=0) > 0.4 or any(layer.training for layer in model.eval().modules()),
+        "dropout too strong": accuracy - in_training > 0.25,
+        "constant predictions": len(logits.argmax(1).unique()) == 1 and chance < 0.9,
+        "not learning": last["train_accuracy"] < 200 * chance,
+        "underfitting": accuracy < 0.6,
+        "overfitting": (last["val_loss"] > 10 * last["train_loss"] and gap > 1) or gap > 10,
+    }
+
+
+def layer_outputs(model: nn.Module, images: Tensor) -> tuple[list[tuple[str, nn.Module, Tensor]], Tensor]:
+    """(name, layer, output) of all layers without inner ones, in evaluation mode, and the logits, for `images`, uint8
+    (N, 1, 28, 28), at once."""
+    outputs, hooks, training = [], [], model.training
+    for name, layer in model.named_modules():
+        if not list(layer.children()):
+            note = lambda layer, _, output, name=name: outputs.append((name, layer, output))
+            hooks.append(layer.register_forward_hook(note))
+    logits = model.eval()(normalize(images))
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return outputs, logits
 
 
 def layer_weights(model: nn.Module) -> list[Tensor]:
@@ -713,30 +813,16 @@ def layer_weights(model: nn.Module) -> list[Tensor]:
     return [p for p in model.parameters() if p.dim() > 1]
 
 
-def gradient_sizes(model: nn.Module, split: Split) -> list[float]:
-    """Root mean square of the gradient of the loss on `split` by each layer's weights, but for frozen ones; in
-    evaluation mode, so that neither dropout nor BatchNorm's averages are touched."""
-    training = model.training
-    model.eval()
-    weights = [weight for weight in layer_weights(model) if weight.requires_grad]
-    loss = F.cross_entropy(model(normalize(split.images)), split.labels)
-    gradients = torch.autograd.grad(loss, weights) if weights else []
-    model.train(training)
-    return [gradient.square().mean().sqrt().item() for gradient in gradients]
+def symmetric_layers(model: nn.Module) -> list[str]:
+    """Names of the hidden layers' weights of which less than half of the units (rows) are distinct. Units of the last
+    layer may start equal: each class has other labels."""
+    hidden = [(name, p) for name, p in model.named_parameters() if p.dim() > 1][:-1]
+    return [name for name, weight in hidden if 2 * distinct_units(weight) < len(weight)]
 
 
-@torch.inference_mode()
-def dead_relus(model: nn.Module, images: Tensor) -> list[float]:
-    """For each ReLU layer, the share of its units (channels) that are 0 everywhere in all of `images`, uint8
-    (N, 1, 28, 28), which pass through the network at once."""
-    outputs, training = [], model.training
-    relus = [module for module in model.modules() if isinstance(module, nn.ReLU)]
-    hooks = [relu.register_forward_hook(lambda _, __, output: outputs.append(output)) for relu in relus]
-    model.eval()(normalize(images))
-    model.train(training)
-    for hook in hooks:
-        hook.remove()
-    return [(x.transpose(0, 1).flatten(1).amax(1) <= 0).float().mean().item() for x in outputs]
+def dead_share(output: Tensor) -> float:
+    """The share of units (channels) of a ReLU layer's output (N, units, ...) that are 0 for all images."""
+    return (output.transpose(0, 1).flatten(1).amax(1) <= 0).float().mean().item()
 
 
 def distinct_units(weight: Tensor) -> int:
@@ -888,7 +974,7 @@ def report(results: dict[str, list[Result]], args, data: Dataset, expected_to_di
         runs[name] |= {"seeds": [seed.scores for seed in seeds], "mean": mean, "std": std}
         if name not in expected_to_diverge and any(seed.history.diverged for seed in seeds):
             diverged.append(name)
-        counts = Counter(alarm for seed in seeds for alarm in seed.history.health)
+        counts = Counter(alarm for seed in seeds for alarm in alarm_names(seed.history.health[:1]))  # the diagnosis
         alarms = ", ".join(f"{alarm} ({count}x)" for alarm, count in counts.items()) or "no alarm"
         print(f"{name:<{width}}{first_seed.parameters:>12,}   {format_accuracy(accuracies):<18}{alarms}")
     print(f"log, results and plots: {args.stem}*")
@@ -901,13 +987,17 @@ def report(results: dict[str, list[Result]], args, data: Dataset, expected_to_di
         sys.exit(f"training diverged: {', '.join(diverged)}; a lower --lr may help")
 
 
-def check_claims(claims: list[tuple[str, bool]], intended: dict[str, str], results: dict[str, list[Result]]):
-    """Print what a script claims and whether it is so; exit code 1 if something is not. `intended` names the alarm
-    that every run of a name must set off; the runs of all other names must set off none."""
+def health_claims(intended: dict[str, str], results: dict[str, list[Result]]) -> list[tuple[str, bool]]:
+    """For `check_claims`: `intended` names the alarm that every run of a name sets off; all others set off none."""
+    claims = []
     for name, seed in [(name, seed) for name, seeds in results.items() for seed in seeds]:
-        wanted, found = intended.get(name), seed.history.health
-        holds = wanted in found if wanted else not found
-        claims = [*claims, (f"{name}, seed {seed.seed}: {wanted or 'no alarm'}", holds)]
+        wanted, found = intended.get(name), alarm_names(seed.history.health)
+        claims.append((f"{name}, seed {seed.seed}: {wanted or 'no alarm'}", wanted in found if wanted else not found))
+    return claims
+
+
+def check_claims(claims: list[tuple[str, bool]]):
+    """Print what a script claims and whether it is so; exit code 1 if something is not."""
     for claim, holds in claims:
         print(f"{'yes' if holds else 'NO':<4}{claim}")
     if not all(holds for _, holds in claims):

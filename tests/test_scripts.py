@@ -209,7 +209,7 @@ def test_divergence_is_reported_and_ends_with_exit_code_1(mnist_folder, tmp_path
 
 def check_claims(health, intended, claims=()):
     result = common.Result({}, 0, 0, common.History(health=health), {})
-    common.check_claims(list(claims), intended, {"run": [result]})
+    common.check_claims([*claims, *common.health_claims(intended, {"run": [result]})])
 
 
 def test_true_claims_are_a_reproduced_failure(capsys):
