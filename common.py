@@ -63,10 +63,9 @@ def available_devices() -> list[str]:
 
 def has_native_bf16(device: torch.device) -> bool:
     """Whether `device` computes in bfloat16 natively; emulated, it is slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    flags = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return any(flags.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    if device.type == "cpu":
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def write_file(path, content: bytes):
@@ -92,7 +91,7 @@ def make_parser(script: Path, doc: str, names: list[str], seeds: int) -> argpars
     add("--lr", type=float, help="learning rate of every run (each run's own)")
     add("--seed", type=int, help="train this seed only")
     add("--seeds", type=int, help=f"train seeds 0, 1, .. SEEDS-1 ({seeds})")
-    add("--only", choices=names, metavar="NAME", help=f"train one of: {'; '.join(names)}")
+    add("--only", choices=names, metavar="NAME", help=f"train one of: {'; '.join(names)}".replace("%", "%%"))
     add("--workers", type=int, help="runs trained side by side (one for each core; 1 on a GPU)")
     add("--threads", type=int, help="of each run (the cores divided by the workers)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -212,24 +211,22 @@ def split_data(images, labels, test_images, test_labels, name, limit=None, devic
 
 
 def read_mnist(data_dir) -> list[Tensor]:
-    """Training images (N, 1, 28, 28) and labels (N,), then those of the test split. Raises ValueError for a corrupt
-    file, OSError if one is missing and cannot be downloaded."""
+    """Training images uint8 (N, 1, 28, 28) and labels int64 (N,), then those of the test split. Raises ValueError for a
+    corrupt file, OSError if one is missing and cannot be downloaded."""
     raw = Path(data_dir) / "MNIST" / "raw"
     if missing := [name for name in MNIST_FILES if not (raw / name).exists()]:
         download_mnist(raw, missing)
-    parts = [read_idx(raw / name) for name in MNIST_FILES]
-    for i in (0, 2):
-        images, labels = len(parts[i]), len(parts[i + 1])
-        if images != labels or images < VAL_SHARE:
-            raise ValueError(f"{raw / MNIST_FILES[i]} and its labels differ: {images} images, {labels} labels")
-    return parts
+    parts = [read_idx(raw / name, (1, 28, 28) if "images" in name else ()) for name in MNIST_FILES]
+    for images, labels, name in zip(parts[::2], parts[1::2], MNIST_FILES[::2], strict=True):
+        if len(images) != len(labels) or len(images) < VAL_SHARE:
+            raise ValueError(f"{raw / name} and its labels differ: {len(images)} images, {len(labels)} labels")
+    return [images if images.dim() > 1 else images.long() for images in parts]
 
 
-def read_idx(path: Path) -> Tensor:
-    """The images uint8 (N, 1, 28, 28) or labels int64 (N,) in an IDX file. Raises ValueError if the file is not what
-    its name says; torchvision accepts a label file that is too short."""
-    content, shape = path.read_bytes(), (1, 28, 28) if "images" in path.name else ()
-    size = 16 if shape else 8
+def read_idx(path: Path, shape: tuple) -> Tensor:
+    """The items in an IDX file, uint8 (N, *shape). Raises ValueError for a file of another kind or size, which
+    torchvision does not always, and for labels other than 0-9."""
+    content, size = path.read_bytes(), 16 if shape else 8
     magic, count, *dimensions = [int.from_bytes(content[i : i + 4], "big") for i in range(0, size, 4)]
     if magic != (2051 if shape else 2049) or tuple(dimensions) != shape[1:]:
         raise ValueError(f"{path} is not an MNIST file of its kind")
@@ -238,7 +235,7 @@ def read_idx(path: Path) -> Tensor:
     values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=size).view(count, *shape)
     if not shape and values.max() > 9:
         raise ValueError(f"{path} has labels other than 0-9")
-    return values if shape else values.long()
+    return values
 
 
 def download_mnist(raw: Path, names: list[str]):
@@ -324,6 +321,8 @@ def fit(
 ) -> History:
     """Train `model` in place on data.train and leave in it the weights of its best epoch on data.val: the highest
     accuracy and, among equals, the lowest loss. A loss that is not finite ends the training, as `diverged`."""
+    from q4_break.fault_gallery import check_health, symmetric_layers  # late: it imports this module
+
     order, noise = (torch.Generator(device).manual_seed(seed) for device in ("cpu", data.train.labels.device))
     parts = {"model": model, "optimizer": optimizer, "order": order, "noise": noise, "scheduler": scheduler}
     identity = {**(identity or {}), "network": repr(model)}
@@ -686,154 +685,6 @@ def claim_run(slot: str, store, environment: dict, folder: str):
     return None, False, False
 
 
-# ---- Health checks: what is wrong with a training that ended ---------------------------------------------------------
-ALARMS = (  # causes before what they cause: the first alarm of a training is its diagnosis
-    *("identical images", "wrong labels", "not shuffled", "validation data differ", "number of outputs"),
-    *("softmax before the loss", "ReLU before the loss", "gradients not reset", "initial loss too high", "diverged"),
-    *("initial weights too small", "symmetric units", "dead ReLUs", "saturated activations", "parameters not updated"),
-    *("learning rate too low", "weights decayed", "exploding gradients", "vanishing gradients", "batch statistics"),
-    *("dropout too strong", "oscillating", "constant predictions", "not learning", "underfitting", "overfitting"),
-)
-PROBE = 500  # training images on which a network is measured
-KNOWN = 1_000  # other training images, among which their nearest neighbours are sought
-WINDOWS = 20  # parts of a training, over which the loss of the steps is averaged
-
-
-def check_health(model: nn.Module, history: History, data: Dataset, optimizer: torch.optim.Optimizer) -> list[str]:
-    """The `ALARMS` that a training which just ended sets off, the cause first, with the layers in brackets.
-
-    The loss alone names no cause: at ln 10, chance level, healthy networks begin and dead ones end. The thresholds were
-    set on faulty and healthy trainings of the networks named CALIBRATION in q4_break/fault_gallery.py.
-    """
-    classes = 1 + max(split.labels.max().item() for split in (data.train, data.val))
-    order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
-    order = order[: PROBE + KNOWN].to(data.train.labels.device)
-    sample = Split(*(tensor[order] for tensor in data.train))
-    found = {**check_data(sample, data.val, history, classes), **check_course(model, history, classes, optimizer)}
-    if not history.diverged:
-        found |= check_network(model, history, first(sample, PROBE), classes)
-    names = [name for name in ALARMS if found.get(name)]
-    return [f"{name} ({', '.join(found[name])})" if isinstance(found[name], list) else name for name in names]
-
-
-def alarm_names(health: list[str]) -> list[str]:
-    """Alarms without their layers."""
-    return [alarm.partition(" (")[0] for alarm in health]
-
-
-def check_data(sample: Split, val: Split, history: History, classes: int) -> dict:
-    """Faults of images and labels, found without the network: how many labels agree with the nearest neighbour's."""
-    size = min(PROBE, len(sample.labels) // 2)
-    pixels, accuracies = sample.images[size:].flatten(1).float(), []
-    for split in (first(sample, size), first(val, PROBE)):
-        nearest = size + torch.cdist(split.images.flatten(1).float(), pixels).argmin(1)
-        accuracies.append((sample.labels[nearest] == split.labels).float().mean().item() if size >= 100 else 1)
-    return {
-        "identical images": 2 * len(pixels.unique(dim=0)) < len(pixels),
-        "wrong labels": accuracies[0] < 0.6,
-        "not shuffled": 5 * len(set(history.batch_labels)) <= min(classes, len(history.batch_labels)),
-        "validation data differ": accuracies[0] - accuracies[1] > 0.15,
-    }
-
-
-def check_course(model: nn.Module, history: History, classes: int, optimizer: torch.optim.Optimizer) -> dict:
-    """Faults that the losses, the gradients' reset and the updates of the parameters show."""
-    optimizer.zero_grad()
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    losses = torch.tensor(history.step_losses)
-    means = torch.stack([losses[0], *(part.mean() for part in losses.tensor_split(WINDOWS) if len(part))])
-    names, updates = [name for name, _ in model.named_parameters()], torch.tensor(history.updates)
-    start, end, moved = updates[0, :, 0], updates[-1, :, 1], updates[:, :, 2].sum(0)
-    layers = [i for i, parameter in enumerate(model.parameters()) if parameter.dim() > 1 and start[i] > 0]
-    return {
-        "gradients not reset": any(gradient.any() for gradient in gradients),
-        "initial loss too high": not losses[0] < 2 * math.log(classes),
-        "diverged": history.diverged,
-        "initial weights too small": max([end[i] / start[i] for i in layers], default=1) > 200,
-        "parameters not updated": [name for name, distance in zip(names, moved, strict=True) if distance == 0],
-        "learning rate too low": 0 < max([moved[i] / start[i] for i in layers], default=0) < 0.02,
-        "weights decayed": min([end[i] / start[i] for i in layers], default=1) < 0.05,
-        "oscillating": (means - means.cummin(0).values).max() > 0.5,
-    }
-
-
-def check_network(model: nn.Module, history: History, probe: Split, classes: int) -> dict:
-    """Faults that the trained network shows on some training images."""
-    outputs, logits = layer_outputs(model, probe.images)
-    weights = [weight for weight in layer_weights(model) if weight.requires_grad]
-    gradients = torch.autograd.grad(F.cross_entropy(logits, probe.labels), weights) if weights else [torch.ones(1)]
-    sizes = [gradient.square().mean().sqrt().item() for gradient in gradients]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        trained = copy.deepcopy(model).train()(normalize(probe.images))  # with dropout
-    accuracy, in_training = ((x.argmax(1) == probe.labels).float().mean().item() for x in (logits, trained))
-    last, chance = history.rows[-1], probe.labels.bincount().max().item() / len(probe.labels)
-    gap = last["train_accuracy"] - last["val_accuracy"]
-    dead = [name for name, layer, y in outputs if isinstance(layer, nn.ReLU) and dead_share(y) > 0.9]
-    bounded = [
-        (name, y if isinstance(x, nn.Tanh) else 2 * y - 1) for name, x, y in outputs if type(x) in (nn.Tanh, nn.Sigmoid)
-    ]
-    norms = [(x.weight, y) for _, x, y in outputs if isinstance(x, nn.modules.batchnorm._BatchNorm) and x.affine]
-    # With the right averages BatchNorm's outputs have the standard deviation `weight`.
-    drifts = [(y.transpose(0, 1).flatten(1).std(1) / w).abs().log().abs().median().item() for w, y in norms]
-    return {
-        "number of outputs": logits.shape[1] != classes,
-        "softmax before the loss": logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-3,
-        "ReLU before the loss": logits.min() >= 0 and (logits == 0).float().mean() > 0.1,
-        "symmetric units": sorted({*history.symmetric, *symmetric_layers(model)}),
-        "dead ReLUs": dead,
-        "saturated activations": [name for name, y in bounded if (y.abs() > 0.95).float().mean() > 0.8],
-        "exploding gradients": not max(sizes) < 1,
-        "vanishing gradients": min(sizes) <= 5e-3 * max(sizes),
-        "batch statistics": max(drifts, default=0) > 0.4 or any(layer.training for layer in model.eval().modules()),
-        "dropout too strong": accuracy - in_training > 0.25,
-        "constant predictions": len(logits.argmax(1).unique()) == 1 and chance < 0.9,
-        "not learning": last["train_accuracy"] < 200 * chance,
-        "underfitting": accuracy < 0.6,
-        "overfitting": (last["val_loss"] > 10 * last["train_loss"] and gap > 1) or gap > 10,
-    }
-
-
-def layer_outputs(model: nn.Module, images: Tensor) -> tuple[list[tuple[str, nn.Module, Tensor]], Tensor]:
-    """(name, layer, output) of all layers without inner ones, in evaluation mode, and the logits, for `images`, uint8
-    (N, 1, 28, 28), at once."""
-    outputs, hooks, training = [], [], model.training
-    for name, layer in model.named_modules():
-        if not list(layer.children()):
-            note = lambda layer, _, output, name=name: outputs.append((name, layer, output))
-            hooks.append(layer.register_forward_hook(note))
-    logits = model.eval()(normalize(images))
-    model.train(training)
-    for hook in hooks:
-        hook.remove()
-    return outputs, logits
-
-
-def layer_weights(model: nn.Module) -> list[Tensor]:
-    """The weights of the layers, a row for each unit, from the first to the last; no biases, nothing of BatchNorm's."""
-    return [p for p in model.parameters() if p.dim() > 1]
-
-
-def symmetric_layers(model: nn.Module) -> list[str]:
-    """Names of the hidden layers' weights of which less than half of the units (rows) are distinct. Units of the last
-    layer may start equal: each class has other labels."""
-    hidden = [(name, p) for name, p in model.named_parameters() if p.dim() > 1][:-1]
-    return [name for name, weight in hidden if 2 * distinct_units(weight) < len(weight)]
-
-
-def dead_share(output: Tensor) -> float:
-    """The share of units (channels) of a ReLU layer's output (N, units, ...) that are 0 for all images."""
-    return (output.transpose(0, 1).flatten(1).amax(1) <= 0).float().mean().item()
-
-
-def distinct_units(weight: Tensor) -> int:
-    """How many rows of a layer's weights differ from every row before them by more than a thousandth of the longer
-    one's length."""
-    rows = weight.detach().flatten(1).double()
-    lengths = rows.norm(dim=1)
-    same = torch.cdist(rows, rows) <= 1e-3 * torch.maximum(lengths, lengths[:, None])
-    return int((~same.tril(-1).any(1)).sum())
-
-
 # ---- Plots: each function returns a Figure, which `save_figure` titles and writes ------------------------------------
 # Okabe and Ito's colours, which colour-blind readers can tell apart (jfly.uni-koeln.de/color).
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -899,7 +750,7 @@ def plot_curves(results: dict[str, list[Result]]):
                 best = [seed.history.best_epoch for seed in seeds]
                 kept = [line[epoch - 1] for line, epoch in zip(lines, best, strict=True)]
                 axes.plot(best, kept, MARKERS[i % len(MARKERS)], fillstyle="none", color=color)
-            if single or part == "val":
+            if (single or part == "val") and math.isfinite(means[-1]):
                 label = {"train": "training", "val": "validation"}[part] if single else name
                 ends.append((len(means), means[-1], label, color))
         if quantity == "accuracy":
@@ -959,6 +810,11 @@ def to_json(value):
     if isinstance(value, float):
         return round(value, 4) if math.isfinite(value) else None
     return value
+
+
+def alarm_names(health: list[str]) -> list[str]:
+    """Alarms without their layers."""
+    return [alarm.partition(" (")[0] for alarm in health]
 
 
 def report(results: dict[str, list[Result]], args, data: Dataset, expected_to_diverge=()):

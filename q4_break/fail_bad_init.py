@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py liv
 
 import common
 from q1_baseline import baseline_cnn
+from q4_break.fault_gallery import distinct_units, layer_weights
 
 CONSTANT = 0.01  # about the standard deviation of PyTorch's own first weights of the large layer
 
@@ -71,15 +72,15 @@ def train(config, data, seed, **settings):
 def symmetry(model, train):
     """The filters of the first layer, and how many units of each layer and how many rows of the first layer's gradient
     are distinct."""
-    weights = common.layer_weights(model)
+    weights = layer_weights(model)
     state = torch.get_rng_state()  # dropout's, which the training is to find as it was
     loss = F.cross_entropy(model(common.normalize(train.images[:64])), train.labels[:64])
     gradient = torch.autograd.grad(loss, weights[0])[0]
     torch.set_rng_state(state)
     return {
         "filters": weights[0].detach().cpu().clone(),
-        "distinct units": [common.distinct_units(weight) for weight in weights],
-        "distinct gradients": common.distinct_units(gradient),
+        "distinct units": [distinct_units(weight) for weight in weights],
+        "distinct gradients": distinct_units(gradient),
     }
 
 
@@ -101,7 +102,7 @@ def plot_filters(results):
             tiles = tiles.view(4, 8, 4, 4).transpose(1, 2).reshape(16, 32)
             limit = weight.abs().max().item() or 1
             axes.imshow(tiles.numpy(), cmap="PuOr", vmin=-limit, vmax=limit)
-            axes.set_title(f"{name}, {when}: {common.distinct_units(weight)} distinct of 32", fontsize=10)
+            axes.set_title(f"{name}, {when}: {distinct_units(weight)} distinct of 32", fontsize=10)
             axes.axis("off")
     return figure
 

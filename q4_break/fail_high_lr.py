@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py liv
 
 import common
 from q1_baseline import baseline_cnn
+from q4_break.fault_gallery import dead_share, layer_outputs, layer_weights
 
 
 def config_of(optimizer, lr, batchnorm=False, clip=None):
@@ -82,14 +83,14 @@ def train(config, data, seed, **settings):
 @torch.inference_mode()
 def dead_shares(model, images):
     """The share of dead ReLUs in each ReLU layer."""
-    outputs, _ = common.layer_outputs(model, images)
-    return [common.dead_share(output) for _, layer, output in outputs if isinstance(layer, nn.ReLU)]
+    outputs, _ = layer_outputs(model, images)
+    return [dead_share(output) for _, layer, output in outputs if isinstance(layer, nn.ReLU)]
 
 
 def watch_steps(model, optimizer, images, trace):
     """Record in `trace`, at every step at first and later at every twentieth, the norm of the gradient, the length of
     the update by the length of the weights, and the share of dead ReLUs."""
-    weights, before = common.layer_weights(model), []
+    weights, before = layer_weights(model), []
     trace |= {"steps": [0], "step": [], "gradient norm": [], "update / weights": [], "dead ReLUs (%)": []}
 
     def norm(tensors):

@@ -10,6 +10,8 @@ Run     python q4_break/fault_gallery.py     four minutes on two CPU cores
         python q4_break/fault_gallery.py --only "weight decay 10, LeNet"
 """
 
+import copy
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,8 @@ import common
 from q1_baseline import baseline_cnn
 from q2_variants.variant3_advanced_combo import advanced_combo_cnn
 
-ADVICE = {
+# ---- Health checks: what is wrong with a training that ended; `common.fit` calls them ---------------------------------
+ALARMS = {  # causes before effects: the first alarm of a training is its diagnosis. And what to look at first
     "identical images": "Look at the images as the network gets them: they are blank, or copies of a few.",
     "wrong labels": "Look at images beside their labels: similar images have different ones.",
     "not shuffled": "Shuffle the training set before each epoch: batches hold one class only.",
@@ -37,7 +40,7 @@ ADVICE = {
     "initial weights too small": "Scale the initial weights up: training takes long to leave chance level.",
     "symmetric units": "Initialise the layer with random weights: units that start equal stay equal.",
     "dead ReLUs": "Look at biases and learning rate: no image reaches the units of this layer.",
-    "saturated activations": "Scale the weights before tanh or sigmoid down, or normalise: the gradient is nearly zero.",
+    "saturated activations": "Scale down the weights before tanh or sigmoid: its gradient is nearly zero.",
     "parameters not updated": "Check requires_grad, optimizer.step() and the parameters given to the optimizer.",
     "learning rate too low": "Raise the learning rate: the weights hardly change.",
     "weights decayed": "Lower the weight decay: it shrinks the weights to nearly zero.",
@@ -51,6 +54,150 @@ ADVICE = {
     "underfitting": "Train longer, raise the learning rate, or enlarge the network.",
     "overfitting": "Use more images, augmentation or dropout.",
 }
+PROBE = 500  # training images on which a network is measured
+KNOWN = 1_000  # other training images, among which their nearest neighbours are sought
+WINDOWS = 20  # parts of a training, over which the loss of the steps is averaged
+
+
+def check_health(
+    model: nn.Module, history: common.History, data: common.Dataset, optimizer: torch.optim.Optimizer
+) -> list[str]:
+    """The `ALARMS` that a training which just ended sets off, the cause first, with the layers in brackets.
+
+    The loss alone names no cause: at ln 10, chance level, healthy networks begin and dead ones end. The thresholds were
+    set on faulty and healthy trainings of the networks in CALIBRATION.
+    """
+    classes = 1 + max(split.labels.max().item() for split in (data.train, data.val))
+    order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
+    order = order[: PROBE + KNOWN].to(data.train.labels.device)
+    sample = common.Split(*(tensor[order] for tensor in data.train))
+    found = {**check_data(sample, data.val, history, classes), **check_course(model, history, classes, optimizer)}
+    if not history.diverged:
+        found |= check_network(model, history, common.first(sample, PROBE), classes)
+    names = [name for name in ALARMS if found.get(name)]
+    return [f"{name} ({', '.join(found[name])})" if isinstance(found[name], list) else name for name in names]
+
+
+def check_data(sample: common.Split, val: common.Split, history: common.History, classes: int) -> dict:
+    """Faults of images and labels, found without the network: how many labels agree with the nearest neighbour's."""
+    size = min(PROBE, len(sample.labels) // 2)
+    pixels, accuracies = sample.images[size:].flatten(1).float(), []
+    for split in (common.first(sample, size), common.first(val, PROBE)):
+        nearest = size + torch.cdist(split.images.flatten(1).float(), pixels).argmin(1)
+        accuracies.append((sample.labels[nearest] == split.labels).float().mean().item() if size >= 100 else 1)
+    return {
+        "identical images": 2 * len(pixels.unique(dim=0)) < len(pixels),
+        "wrong labels": accuracies[0] < 0.6,
+        "not shuffled": 5 * len(set(history.batch_labels)) <= min(classes, len(history.batch_labels)),
+        "validation data differ": accuracies[0] - accuracies[1] > 0.15,
+    }
+
+
+def check_course(model: nn.Module, history: common.History, classes: int, optimizer: torch.optim.Optimizer) -> dict:
+    """Faults that the losses, the gradients' reset and the updates of the parameters show."""
+    optimizer.zero_grad()
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    losses = torch.tensor(history.step_losses)
+    means = torch.stack([losses[0], *(part.mean() for part in losses.tensor_split(WINDOWS) if len(part))])
+    names, updates = [name for name, _ in model.named_parameters()], torch.tensor(history.updates)
+    start, end, moved = updates[0, :, 0], updates[-1, :, 1], updates[:, :, 2].sum(0)
+    layers = [i for i, parameter in enumerate(model.parameters()) if parameter.dim() > 1 and start[i] > 0]
+    return {
+        "gradients not reset": any(gradient.any() for gradient in gradients),
+        "initial loss too high": not losses[0] < 5 * math.log(classes),
+        "diverged": history.diverged,
+        "initial weights too small": max([end[i] / start[i] for i in layers], default=1) > 200,
+        "parameters not updated": [name for name, distance in zip(names, moved, strict=True) if distance == 0],
+        "learning rate too low": 0 < max([moved[i] / start[i] for i in layers], default=0) < 0.02,
+        "weights decayed": min([end[i] / start[i] for i in layers], default=1) < 0.05,
+        "oscillating": (means - means.cummin(0).values).max() > 0.5,
+    }
+
+
+def check_network(model: nn.Module, history: common.History, probe: common.Split, classes: int) -> dict:
+    """Faults that the trained network shows on some training images."""
+    training = model.training
+    stays_in_training = any(layer.training for layer in model.eval().modules())
+    model.train(training)
+    outputs, logits = layer_outputs(model, probe.images)
+    weights = [weight for weight in layer_weights(model) if weight.requires_grad]
+    gradients = (
+        torch.autograd.grad(nn.functional.cross_entropy(logits, probe.labels), weights)
+        if weights
+        else [torch.full((1,), 0.1)]
+    )
+    sizes = [gradient.square().mean().sqrt().item() for gradient in gradients]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        trained = copy.deepcopy(model).train()(common.normalize(probe.images))  # with dropout
+    accuracy, in_training = ((x.argmax(1) == probe.labels).float().mean().item() for x in (logits, trained))
+    last, chance = history.rows[-1], probe.labels.bincount().max().item() / len(probe.labels)
+    gap = last["train_accuracy"] - last["val_accuracy"]
+    dead = [name for name, layer, y in outputs if isinstance(layer, nn.ReLU) and dead_share(y) > 0.9]
+    bounded = [
+        (name, y if isinstance(x, nn.Tanh) else 2 * y - 1) for name, x, y in outputs if type(x) in (nn.Tanh, nn.Sigmoid)
+    ]
+    norms = [(x.weight, y) for _, x, y in outputs if isinstance(x, nn.modules.batchnorm._BatchNorm) and x.affine]
+    # With the right averages BatchNorm's outputs have the standard deviation `weight`.
+    drifts = [(y.transpose(0, 1).flatten(1).std(1) / w).abs().log().abs().median().item() for w, y in norms]
+    return {
+        "number of outputs": logits.shape[1] != classes,
+        "softmax before the loss": logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-3,
+        "ReLU before the loss": logits.min() >= 0 and (logits == 0).float().mean() > 0.1,
+        "symmetric units": sorted({*history.symmetric, *symmetric_layers(model)}),
+        "dead ReLUs": dead,
+        "saturated activations": [name for name, y in bounded if (y.abs() > 0.95).float().mean() > 0.8],
+        "exploding gradients": not max(sizes) < 1,
+        "vanishing gradients": min(sizes) <= 5e-3 * max(sizes),
+        "batch statistics": max(drifts, default=0) > 0.4 or stays_in_training,
+        "dropout too strong": accuracy - in_training > 0.25,
+        "constant predictions": len(logits.argmax(1).unique()) == 1 and chance < 0.9,
+        "not learning": last["train_accuracy"] < 200 * chance,
+        "underfitting": accuracy < 0.6,
+        "overfitting": (last["val_loss"] > 10 * last["train_loss"] and gap > 1) or gap > 10,
+    }
+
+
+def layer_outputs(
+    model: nn.Module, images: torch.Tensor
+) -> tuple[list[tuple[str, nn.Module, torch.Tensor]], torch.Tensor]:
+    """(name, layer, output) of all layers without inner ones, in evaluation mode, and the logits, for `images`, uint8
+    (N, 1, 28, 28), at once."""
+    outputs, hooks, training = [], [], model.training
+    for name, layer in model.named_modules():
+        if not list(layer.children()):
+            note = lambda layer, _, output, name=name: outputs.append((name, layer, output))
+            hooks.append(layer.register_forward_hook(note))
+    logits = model.eval()(common.normalize(images))
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return outputs, logits
+
+
+def layer_weights(model: nn.Module) -> list[torch.Tensor]:
+    """The weights of the layers, a row for each unit, from the first to the last; no biases, nothing of BatchNorm's."""
+    return [p for p in model.parameters() if p.dim() > 1]
+
+
+def symmetric_layers(model: nn.Module) -> list[str]:
+    """Names of the hidden layers' weights of which less than half of the units (rows) are distinct. Units of the last
+    layer may start equal: each class has other labels."""
+    hidden = [(name, p) for name, p in model.named_parameters() if p.dim() > 1][:-1]
+    return [name for name, weight in hidden if 2 * distinct_units(weight) < len(weight)]
+
+
+def dead_share(output: torch.Tensor) -> float:
+    """The share of units (channels) of a ReLU layer's output (N, units, ...) that are 0 for all images."""
+    return (output.transpose(0, 1).flatten(1).amax(1) <= 0).float().mean().item()
+
+
+def distinct_units(weight: torch.Tensor) -> int:
+    """How many rows of a layer's weights differ from every row before them by more than a thousandth of the longer
+    one's length."""
+    rows = weight.detach().flatten(1).double()
+    lengths = rows.norm(dim=1)
+    same = torch.cdist(rows, rows) <= 1e-3 * torch.maximum(lengths, lengths[:, None])
+    return int((~same.tril(-1).any(1)).sum())
 
 
 # ---- Networks: (B, 1, 28, 28) -> logits (B, 10) ----------------------------------------------------------------------
@@ -283,11 +430,11 @@ def plot_matrix(results):
     figure = common.new_figure(14, 11)
     axes = figure.subplots()
     rows = list(dict.fromkeys(seeds[0].config["fault"] for seeds in results.values()))
-    shades = torch.zeros(len(rows), len(common.ALARMS))
+    shades = torch.zeros(len(rows), len(ALARMS))
     for y, fault in enumerate(rows):
         seeds = [seed for group in results.values() if group[0].config["fault"] == fault for seed in group]
         health = [common.alarm_names(seed.history.health) for seed in seeds]
-        for x, alarm in enumerate(common.ALARMS):
+        for x, alarm in enumerate(ALARMS):
             shades[y, x] = sum(alarm in alarms for alarms in health) / len(seeds)
             if first := sum(alarms[:1] == [alarm] for alarms in health):
                 right = fault and alarm in FAULTS[fault][1]
@@ -295,11 +442,11 @@ def plot_matrix(results):
                     x, y, "o" if right else "X", color=common.COLORS[0 if right else 1], ms=5 + 7 * first / len(seeds)
                 )
         accuracies = common.test_accuracies(seeds)
-        axes.text(len(common.ALARMS) - 0.3, y, f"{min(accuracies):.0f} to {max(accuracies):.0f} %", va="center")
+        axes.text(len(ALARMS) - 0.3, y, f"{min(accuracies):.0f} to {max(accuracies):.0f} %", va="center")
     axes.imshow(shades.numpy(), cmap="Greys", vmax=2, aspect="auto")
-    axes.text(len(common.ALARMS) - 0.3, -1, "test accuracy", va="center")
+    axes.text(len(ALARMS) - 0.3, -1, "test accuracy", va="center")
     axes.set_xlabel("alarm, causes first; dot: the first alarm of a training, and right; cross: the first, but wrong")
-    axes.set_xticks(range(len(common.ALARMS)), common.ALARMS, rotation=60, ha="right")
+    axes.set_xticks(range(len(ALARMS)), ALARMS, rotation=60, ha="right")
     axes.set_yticks(range(len(rows)), [fault or "no fault" for fault in rows])
     return figure
 
@@ -307,9 +454,9 @@ def plot_matrix(results):
 def print_advice(results):
     """What to look at first, for each first alarm."""
     seen = {alarms[0] for _, alarms in diagnoses(results, NETWORKS) if alarms}
-    for alarm in common.ALARMS:
+    for alarm in ALARMS:
         if alarm in seen:
-            print(f"{alarm}: {ADVICE[alarm]}")
+            print(f"{alarm}: {ALARMS[alarm]}")
 
 
 def check_findings(results):

@@ -1,4 +1,4 @@
-"""Healthy trainings that no threshold of the health checks was set on: other networks, optimizers, widths and lengths."""
+"""Healthy trainings of other networks, optimizers, widths and lengths, on which no threshold of a check was set."""
 
 from functools import partial
 

@@ -1,169 +1,233 @@
-"""The health checks: each against a hand-made network or history, then all against small trainings that are
-healthy or broken on purpose."""
+"""The health checks: each against a hand-made network, history or data set, then all against small trainings that are
+healthy or faulty on purpose."""
 
+import copy
 import math
-from functools import partial
 
 import pytest
 import torch
+from conftest import call_script, results_in
 from torch import nn
 
 import common
 from q1_baseline import baseline_cnn
-from q2_variants.variant3_advanced_combo import advanced_combo_cnn
-
-BASELINE = partial(baseline_cnn, dropout=0.0)
+from q4_break import fault_gallery as gallery
+from q4_break.fault_gallery import check_data, distinct_units, layer_outputs, mlp
 
 
 def test_distinct_units_counts_rows_that_differ():
     rows = torch.tensor([[1.0, 2], [1, 2], [1.0001, 2], [1.1, 2], [0, 0], [-1, -2]])
-    assert common.distinct_units(rows) == 4
-    assert common.distinct_units(torch.zeros(5, 3, 2, 2)) == 1
-    assert common.distinct_units(torch.randn(64, 32, 3, 3)) == 64
+    assert distinct_units(rows) == 4
+    assert distinct_units(torch.zeros(5, 3, 2, 2)) == 1
+    assert distinct_units(torch.randn(64, 32, 3, 3)) == 64
 
 
-def test_dead_relus_are_those_that_no_image_excites():
+def test_dead_share_counts_units_that_are_zero_for_all_images():
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 4), nn.ReLU(), nn.Linear(4, 10))
     nn.init.zeros_(model[1].weight)
     model[1].bias.data = torch.tensor([1.0, 0, -1, -2])
-    images = torch.zeros(3, 1, 28, 28, dtype=torch.uint8)
-    assert common.dead_relus(model, images) == [0.75]
-    assert common.dead_relus(nn.Sequential(nn.LeakyReLU()), images) == []
+    outputs, logits = layer_outputs(model, torch.zeros(3, 1, 28, 28, dtype=torch.uint8))
+    assert [name for name, _, _ in outputs] == list("0123")
+    assert gallery.dead_share(outputs[2][2]) == 0.75
+    assert logits is outputs[3][2] and logits.shape == (3, 10)
 
 
-def test_gradient_sizes_agree_with_a_hand_computation(tiny):
-    """Of a linear network: the gradient is (softmax - one-hot) times the pixels."""
-    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 10))
-    split = common.Split(tiny.train.images[:20], tiny.train.labels[:20])
-    pixels = common.normalize(split.images).flatten(1)
-    weight, bias = model[2].weight.detach(), model[2].bias.detach()
-    errors = (pixels @ weight.T + bias).softmax(1)
-    errors[range(20), split.labels] -= 1
-    expected = (errors.T @ pixels / 20).square().mean().sqrt().item()
-    state = torch.random.get_rng_state()
-    assert common.gradient_sizes(model, split) == [pytest.approx(expected, rel=1e-4)]
-    assert torch.equal(state, torch.random.get_rng_state())
-    assert model.training
-    assert model[2].weight.grad is None
-
-
-def history(steps=None, **last):
-    """Of three epochs of a healthy training, but for what is given of the last."""
-    row = {"train_loss": 0.02, "val_loss": 0.03}
-    row |= {"train_accuracy": 99.4, "val_accuracy": 99.1}
-    rows = [{"epoch": i} | row for i in (1, 2)] + [{"epoch": 3} | row | last]
-    return common.History(rows, steps or [2.3 / (i + 1) for i in range(100)])
-
-
-@pytest.mark.parametrize(
-    ("found", "alarms"),
-    [
-        (history(), []),
-        (history(train_accuracy=11.0, val_accuracy=11.0), ["not learning"]),
-        (history([2.3, 0.5] * 10 + [1.5] * 20 + [0.1] * 60), []),
-        (history([2.3] * 10 + [0.1] * 40 + [1.5] * 50), ["oscillating"]),
-        (history(train_loss=0.001, train_accuracy=100, val_accuracy=98), ["overfitting"]),
-        (history(train_loss=0.001, train_accuracy=99.9), []),
-    ],
-)
-def test_alarms_of_a_history(found, alarms, tiny):
+# ---- A healthy training, which each test changes in one thing --------------------------------------------------------
+def healthy_network():
     torch.manual_seed(0)
-    assert common.check_health(BASELINE(), found, tiny.train) == alarms
+    return baseline_cnn(dropout=0.1)
 
 
-def broken_network(alarm):
-    torch.manual_seed(0)
-    model = BASELINE()
-    first, last = common.layer_weights(model)[0], common.layer_weights(model)[-1]
-    with torch.no_grad():
-        if alarm == "exploding gradients":
-            last.mul_(1e4)
-        elif alarm == "vanishing gradients":
-            last.mul_(1e-9)
-        elif alarm == "dead ReLUs":
-            model[7].bias.fill_(-100)
-        elif alarm == "symmetric units":
-            first.copy_(first[:1].expand_as(first))
-    return model
-
-
-@pytest.mark.parametrize("alarm", common.ALARMS[3:7])
-def test_alarms_of_a_network(alarm, tiny):
-    assert alarm in common.check_health(broken_network(alarm), history(), tiny.train)
-
-
-def test_divergence_is_the_only_alarm_of_weights_that_are_no_numbers(tiny):
-    found = common.History(diverged=True)
-    assert common.check_health(BASELINE(), found, tiny.train) == ["diverged"]
-
-
-def test_frozen_parameters_are_no_fault(tiny):
-    """As in fine-tuning."""
-    model = BASELINE()
-    model[0].requires_grad_(False)
-    assert common.check_health(model, history(), tiny.train) == []
-    model.requires_grad_(False)
-    assert common.check_health(model, history(), tiny.train) == []
-
-
-def constant(model, value):
-    for layer in model:
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            nn.init.constant_(layer.weight, value)
-            nn.init.zeros_(layer.bias)
-    return model
-
-
-def batchnorm(model):
-    return nn.Sequential(*model[:1], nn.BatchNorm2d(32), *model[1:])
-
-
-ADAM, SGD = torch.optim.Adam, partial(torch.optim.SGD, momentum=0.9)
-SMALL = {  # network, optimizer, learning rate, images, epochs, intended alarm
-    "healthy": (baseline_cnn, ADAM, 1e-3, 1500, 3, None),
-    "healthy, BatchNorm": (lambda: batchnorm(BASELINE()), ADAM, 1e-3, 1500, 2, None),
-    "healthy, SGD": (baseline_cnn, SGD, 0.02, 1500, 4, None),
-    "AdvancedComboCNN": (advanced_combo_cnn, ADAM, 3e-3, 1500, 3, None),
-    "Adam 0.1": (baseline_cnn, ADAM, 0.1, 1500, 2, "not learning"),
-    "SGD 1e6": (BASELINE, SGD, 1e6, 1500, 1, "diverged"),
-    "BatchNorm, SGD 3": (lambda: batchnorm(BASELINE()), SGD, 3, 1500, 2, "oscillating"),
-    "zero": (lambda: constant(BASELINE(), 0), ADAM, 1e-3, 1500, 1, "symmetric units"),
-    "constant": (*(lambda: constant(baseline_cnn(), 0.01), ADAM, 1e-3, 1500, 6), "symmetric units"),
-    "memorised": (BASELINE, ADAM, 1e-3, 200, 20, "overfitting"),
-}
+def healthy_history(model, steps=None, scale=0.5, **last):
+    """Of two epochs: every parameter moves by `scale` of its length; `last` changes the last row of the log."""
+    rows = [
+        {"epoch": i, "train_loss": 0.2, "val_loss": 0.2, "train_accuracy": 94.4, "val_accuracy": 94.1} for i in (1, 2)
+    ]
+    rows[-1] |= last
+    updates = [[[1.0, 1.0, scale]] * len(list(model.parameters()))] * 2
+    steps = steps or [2.3 / (i + 1) for i in range(100)]
+    return common.History(rows, steps, 2, updates=updates, batch_labels=list(range(10)) * 6)
 
 
 @pytest.fixture(scope="module")
-def small():
-    """Each training of SMALL: (network before it, history)."""
+def trained():
+    """A data set of synthetic digits, and a network that learned it: (data, network, history)."""
     data = common.split_data(*common.draw_digits(1650, 0), *common.draw_digits(100, 1), "synthetic digits")
-    found = {}
-    for label, (network, optimizer, lr, images, epochs, _) in SMALL.items():
-        torch.manual_seed(0)
-        model = network()
-        part = data._replace(train=common.first(data.train, images))
-        before = common.evaluate(model, part.train)[0]
-        optimizer = optimizer(model.parameters(), lr=lr)
-        found[label] = (before, common.fit(model, part, optimizer, epochs=epochs, batch_size=64))
-    return found
+    model = healthy_network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    history = common.fit(model, data, optimizer, epochs=2, batch_size=32, progress=lambda *_: None)
+    return data, model, history
 
 
-def test_matrix_of_small_trainings_against_alarms(small):
-    """No false alarm, no missed alarm; `pytest -s` shows the matrix."""
-    print(f"\n{'training':<22}" + "".join(f"{alarm:<21}" for alarm in common.ALARMS))
-    for label, (_, found) in small.items():
-        marks = ("x" if alarm in found.health else "." for alarm in common.ALARMS)
-        print(f"{label:<22}" + "".join(f"{mark:<21}" for mark in marks))
-    for label, (_, found) in small.items():
-        *_, intended = SMALL[label]
-        assert intended in found.health if intended else not found.health, label
+def check(trained, change=lambda model: None, data=None, optimizer=None, history=None):
+    """The alarms of the healthy training after `change` to its network, or with other data, optimizer or history."""
+    model = copy.deepcopy(trained[1])
+    change(model)
+    optimizer = optimizer or torch.optim.Adam(model.parameters())
+    history = history or healthy_history(model)
+    return gallery.check_health(model, history, data or trained[0], optimizer)
 
 
-def test_the_loss_alone_is_not_enough(small):
-    """ln 10 is the loss of a healthy network before training and of a dead one after it; and a loss far below is no
-    sign of health."""
-    assert small["healthy"][0] == pytest.approx(math.log(10), abs=0.02)
-    zero, symmetric = (small[label][1] for label in ("zero", "constant"))
-    assert zero.rows[-1]["train_loss"] == pytest.approx(math.log(10), abs=0.02)
-    assert symmetric.rows[-1]["train_loss"] < 1.5
-    assert "symmetric units" in symmetric.health
+def test_trained_network_sets_off_no_alarm(trained):
+    assert trained[2].health == [] and check(trained) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "alarms"),
+    [
+        ({"train_accuracy": 11.0, "val_accuracy": 11.0}, ["not learning"]),
+        ({"steps": [2.3, 0.5] * 10 + [1.5] * 20 + [0.1] * 60}, []),
+        ({"steps": [2.3] * 10 + [0.1] * 40 + [1.5] * 50}, ["oscillating"]),
+        ({"steps": [15.0] * 5 + [0.5] * 95}, ["initial loss too high"]),
+        ({"train_loss": 0.001, "val_loss": 0.1, "train_accuracy": 100, "val_accuracy": 98}, ["overfitting"]),
+        ({"train_loss": 0.001, "train_accuracy": 99.9, "val_accuracy": 99.2}, []),
+        ({"train_accuracy": 94.0, "val_accuracy": 80.0}, ["overfitting"]),
+        ({"scale": 0.001}, ["learning rate too low"]),
+    ],
+)
+def test_alarms_of_a_history(changes, alarms, trained):
+    assert check(trained, history=healthy_history(trained[1], **changes)) == alarms
+
+
+def test_parameters_that_never_moved_are_named(trained):
+    history = healthy_history(trained[1])
+    history.updates = [[[1.0, 1.0, 0.5], [1.0, 1.0, 0.0], *epoch[2:]] for epoch in history.updates]
+    assert check(trained, history=history) == ["parameters not updated (0.bias)"]
+    history.updates = [[[1.0, 1.0, 0.0]] * len(epoch) for epoch in history.updates]
+    (alarm,) = check(trained, history=history)
+    assert alarm.startswith("parameters not updated (0.weight, 0.bias, 3.weight")
+
+
+def test_lengths_of_weights_show_decay_and_small_starts(trained):
+    history = healthy_history(trained[1])
+    history.updates[-1] = [[1.0, 0.01, 1.0], *history.updates[-1][1:]]
+    assert check(trained, history=history) == ["weights decayed"]
+    history = healthy_history(trained[1])
+    history.updates = [[[0.001, 1.0, 1.0], *epoch[1:]] for epoch in history.updates]
+    assert check(trained, history=history) == ["initial weights too small"]
+
+
+def test_divergence_is_the_only_alarm_of_weights_that_are_not_numbers(trained):
+    history = healthy_history(trained[1], steps=[2.3, math.nan])
+    history.diverged = True
+    change = lambda model: [nn.init.constant_(p, math.nan) for p in model.parameters()]
+    assert check(trained, change, history=history) == ["diverged"]
+
+
+def scaled(layer, factor):
+    return lambda model: model[layer].weight.data.mul_(factor)
+
+
+def repeat_first_unit(model):
+    weight = model[3].weight.data
+    weight.copy_(weight[:1].expand_as(weight))
+
+
+NETWORK = {  # a change of the trained network, and the first alarm
+    "softmax before the loss": lambda model: model.append(nn.Softmax(1)),
+    "ReLU before the loss": lambda model: model.append(nn.ReLU()),
+    "number of outputs": lambda model: model.append(nn.Linear(10, 20)),
+    "exploding gradients": scaled(10, 1e4),
+    "dead ReLUs (8)": lambda model: model[7].bias.data.fill_(-1000),
+    "symmetric units (3.weight)": repeat_first_unit,
+    "dropout too strong": lambda model: setattr(model[9], "p", 0.99),
+    "batch statistics": lambda model: setattr(model, "eval", lambda: model),
+}
+
+
+@pytest.mark.parametrize("alarm", NETWORK)
+def test_first_alarm_of_a_changed_network(alarm, trained):
+    model = copy.deepcopy(trained[1]).train()
+    history = healthy_history(model)
+    optimizer = torch.optim.Adam(model.parameters())
+    NETWORK[alarm](model)
+    history.updates = healthy_history(model).updates
+    assert gallery.check_health(model, history, trained[0], optimizer)[0] == alarm
+
+
+def test_saturated_activations_are_named(trained):
+    torch.manual_seed(0)
+    model = mlp(nn.Tanh)
+    gallery.scale_weights(model, 30.0, slice(0, -1))
+    alarms = gallery.check_health(model, healthy_history(model), trained[0], torch.optim.Adam(model.parameters()))
+    assert alarms[0] == "saturated activations (2, 4)"
+
+
+def test_wrong_running_averages_are_found(trained):
+    torch.manual_seed(0)
+    model = mlp(batchnorm=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    silent = lambda *_: None
+    assert common.fit(model, trained[0], optimizer, epochs=2, batch_size=32, progress=silent).health == []
+    model[2].running_var *= 4
+    assert gallery.check_health(model, healthy_history(model), trained[0], optimizer) == ["batch statistics"]
+
+
+def test_gradients_that_are_not_reset_are_found(trained):
+    model = copy.deepcopy(trained[1])
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.zeros(2, 1, 28, 28)).sum().backward()
+    assert gallery.check_health(model, healthy_history(model), trained[0], optimizer) == []  # it does reset them
+    model(torch.zeros(2, 1, 28, 28)).sum().backward()
+    optimizer.zero_grad = lambda: None
+    assert gallery.check_health(model, healthy_history(model), trained[0], optimizer) == ["gradients not reset"]
+
+
+def test_frozen_parameters_do_not_crash(trained):
+    """As in fine-tuning; they are named only if nothing says that they moved."""
+    assert check(trained, lambda model: model[0].requires_grad_(False)) == []
+    assert check(trained, lambda model: model.requires_grad_(False)) == []
+
+
+def test_data_are_judged_by_their_nearest_neighbours(trained):
+    train, val, history = trained[0].train, trained[0].val, healthy_history(trained[1])
+
+    def alarms(train, val):
+        return [name for name, found in check_data(train, val, history, 10).items() if found]
+
+    assert alarms(train, val) == []
+    mixed = train.labels[torch.randperm(len(train.labels))]
+    assert "wrong labels" in alarms(train._replace(labels=mixed), val)
+    assert alarms(train, val._replace(images=255 - val.images)) == ["validation data differ"]
+    assert "identical images" in alarms(train._replace(images=torch.zeros_like(train.images)), val)
+    assert alarms(common.first(train, 1), val) == []  # too few to judge
+    history.batch_labels = [3] * 60
+    assert alarms(train, val) == ["not shuffled"]
+
+
+def test_checks_change_neither_weights_nor_random_state(trained):
+    model = copy.deepcopy(trained[1]).train()
+    before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    gallery.check_health(model, healthy_history(model), trained[0], torch.optim.Adam(model.parameters()))
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(p.grad is None for p in model.parameters()) and model.training
+
+
+# ---- The gallery -----------------------------------------------------------------------------------------------------
+def test_every_alarm_has_an_advice_and_every_fault_an_alarm():
+    named = set().union(*(alarms for _, alarms in gallery.FAULTS.values()))
+    assert named <= set(gallery.ALARMS)
+    assert gallery.FAULTS.keys() == gallery.DATA.keys() | gallery.NETWORK.keys() | gallery.OPTIMIZER.keys()
+    for networks, _ in gallery.FAULTS.values():
+        assert set(networks) & set(gallery.CALIBRATION) and set(networks) & set(gallery.HELD_OUT)
+
+
+def test_small_gallery_names_faults_of_an_mlp(mnist_folder, tmp_path, monkeypatch, capsys):
+    """On 800 synthetic digits; the whole gallery is for real MNIST."""
+    faults = [fault for fault, (networks, _) in gallery.FAULTS.items() if "MLP" in networks]
+    runs = {name: config for name, config in gallery.RUNS.items() if config["network"] == "MLP"}
+    monkeypatch.setattr(gallery, "RUNS", {name: {**config, "batch_size": 8} for name, config in runs.items()})
+    call_script("q4_break/fault_gallery.py", "--precision fp32", mnist_folder, tmp_path)
+    found, _ = results_in(tmp_path, "fault_gallery")
+    assert len(found) == 1 + len(faults)
+    right = 0
+    for run in found.values():
+        (seed,) = run["seeds"]
+        first = common.alarm_names(seed["health"][:1])
+        right += (
+            first == [] if run["config"]["fault"] is None else set(first) <= gallery.FAULTS[run["config"]["fault"]][1]
+        )
+    assert right >= 0.85 * len(found)
+    assert (tmp_path / "fault_gallery_matrix.png").stat().st_size > 20_000
+    assert "with the right one first" in capsys.readouterr().out

@@ -25,6 +25,7 @@ from conftest import (
 import common
 import q1_baseline
 from q2_variants import variant4_under_25k as variant4
+from q4_break import fault_gallery
 
 PLOTS = {
     "q1_baseline": {"samples", "curves", "confusion", "mistakes"},
@@ -37,7 +38,7 @@ PLOTS = {
     "fail_no_dropout": {"curves", "all", "gap"},
     "fail_bad_init": {"curves", "filters"},
 }
-STUDIES = {"q3_tuning.py"}  # tested by a file of its own
+STUDIES = {"q3_tuning.py", "q4_break/fault_gallery.py"}  # each tested by a file of its own
 
 
 def module_of(script):
@@ -58,7 +59,7 @@ def test_script_leaves_its_log_its_results_and_its_plots(script, mnist_folder, t
     assert [row["run"] for row in log if row["epoch"] == "1"] == list(module.RUNS)
     for name, run in runs.items():
         assert run["config"] == {**json.loads(json.dumps(module.RUNS[name])), "epochs": 2}
-        assert set(run["seeds"][0]["health"]) <= set(common.ALARMS)
+        assert set(common.alarm_names(run["seeds"][0]["health"])) <= set(fault_gallery.ALARMS)
         assert re.search(rf"^{re.escape(name)} +{run['parameters']:,} +{run['mean']:.2f} %  +", out, re.MULTILINE)
     files = {f"{stem}_{what}.png" for what in PLOTS[stem]} | {f"{stem}.csv", f"{stem}.json", f"{stem}_runs"}
     assert {path.name for path in tmp_path.iterdir()} == files
