@@ -25,7 +25,7 @@ import common
 from q1_baseline import baseline_cnn
 from q2_variants.variant3_advanced_combo import advanced_combo_cnn
 
-# ---- Health checks: what is wrong with a training that ended; `common.fit` calls them ---------------------------------
+# ---- Health checks: what is wrong with a training that ended; `common.fit` calls them --------------------------------
 ALARMS = {  # causes before effects: the first alarm of a training is its diagnosis. And what to look at first
     "identical images": "Look at the images as the network gets them: they are blank, or copies of a few.",
     "wrong labels": "Look at images beside their labels: similar images have different ones.",
