@@ -1,4 +1,4 @@
-"""Q4, fault gallery: the health checks name the cause of 27 common faults; no healthy training sets off an alarm.
+"""Q4, fault gallery: the health checks name the cause of 29 common faults; no healthy training sets off an alarm.
 
 Expect  a matrix of faults and alarms with its entries on a diagonal: the first alarm of a training names its fault.
 Why     Most faults of a training end in the same symptom, chance level or a few points too little, and the loss does

@@ -77,9 +77,9 @@ def targets_table():
 def document():
     parts = [
         "# Recorded results",
-        "Written by `python tests/results.py` from the results files beside the scripts. Test accuracy on real MNIST: mean "
-        "and sample standard deviation over the seeds. Minutes are those of one seed's training. A training's first alarm "
-        "is its diagnosis (see Health checks in the README).",
+        "Written by `python tests/results.py` from the results files beside the scripts. Test accuracy on real MNIST: "
+        "mean and sample standard deviation over the seeds. Minutes are those of one seed's training. A training's first "
+        "alarm is its diagnosis (see Health checks in the README).",
         "## Targets",
         targets_table(),
     ]

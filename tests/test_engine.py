@@ -63,9 +63,9 @@ def test_two_workers_end_bit_identical_to_one(finished, mnist_folder, tmp_path):
     assert out.count("epoch  3/3") == 8 and not err  # one line for each epoch, and no bar on a pipe
 
 
-def torchrun(arguments, cwd, *more, **environment):
-    """Start the script under torchrun, with its output in the file "log"."""
-    command = [sys.executable, "-m", "torch.distributed.run", *more, ROOT / SCRIPT, *arguments.split()]
+def torchrun(arguments, cwd, *more, script=SCRIPT, **environment):
+    """Start a script under torchrun, with its output in the file "log"."""
+    command = [sys.executable, "-m", "torch.distributed.run", *more, ROOT / script, *arguments.split()]
     with open(cwd / "log", "a") as log:
         return subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log, env={**ONE_THREAD, **environment})
 
@@ -74,6 +74,29 @@ def test_torchrun_ends_bit_identical_to_one_process(finished, mnist_folder, tmp_
     process = torchrun(arguments_for(mnist_folder, ""), tmp_path, "--standalone", "--nproc-per-node=2")
     assert process.wait(120) == 0, (tmp_path / "log").read_text()
     assert_identical(finished, tmp_path / "out", STEM)
+
+
+SCRIPTS = {  # a small form of each
+    "q1_baseline.py": "--epochs 2 --limit 500 --seeds 2",
+    "q2_variants/variant5_under_10k.py": "--epochs 1 --limit 400",
+    "q4_break/fail_bad_init.py": "--epochs 1 --limit 400",
+    "q3_tuning.py": "--epochs 1 --limit 100 --seed 0",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_ends_bit_identical_with_one_worker_two_and_torchrun(script, mnist_folder, tmp_path):
+    stem = script.rpartition("/")[2].removesuffix(".py")
+    arguments = f"{SCRIPTS[script]} --data-dir {mnist_folder} --threads 1"
+    for workers in ("1", "2"):
+        code, _, err = run_script(script, f"{arguments} --workers {workers} --out-dir {workers}", cwd=tmp_path)
+        assert code == 0, err
+    start = "--standalone", "--nproc-per-node=2"
+    process = torchrun(f"{arguments} --out-dir torchrun", tmp_path, *start, script=script)
+    assert process.wait(170) == 0, (tmp_path / "log").read_text()
+    assert_identical(tmp_path / "1", tmp_path / "2", stem)
+    assert_identical(tmp_path / "1", tmp_path / "torchrun", stem)
 
 
 def free_port():

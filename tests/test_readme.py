@@ -1,4 +1,4 @@
-"""README: its numbers are those of the recorded files, its commands and links work, and its length is that of a page."""
+"""README: its numbers are those of the recorded files, and its commands and links work."""
 
 import importlib
 import json
