@@ -78,8 +78,8 @@ def document():
     parts = [
         "# Recorded results",
         "Written by `python tests/results.py` from the results files beside the scripts. Test accuracy on real MNIST: "
-        "mean and sample standard deviation over the seeds. Minutes are those of one seed's training. A training's first "
-        "alarm is its diagnosis (see Health checks in the README).",
+        "mean and sample standard deviation over the seeds. Minutes are those of one seed's training. The first "
+        "alarm of a training is its diagnosis.",
         "## Targets",
         targets_table(),
     ]
