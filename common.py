@@ -81,7 +81,7 @@ def write_file(path, content: bytes):
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-def make_parser(script: Path, doc: str, names: list[str], seeds: int) -> argparse.ArgumentParser:
+def make_parser(script: Path, doc: str, names: list[str], seeds: int, options: dict) -> argparse.ArgumentParser:
     """The parser of every script; --only selects one of `names`, `seeds` are trained by default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{script.name}: {message}\n")
@@ -101,19 +101,20 @@ def make_parser(script: Path, doc: str, names: list[str], seeds: int) -> argpars
     add("--out-dir", type=Path, default=script.parent, help="(beside the script)")
     add("--limit", type=int, help="train on the first LIMIT images")
     add("--resume", action="store_true", help="continue what a stopped start has left")
+    for flag, settings in options.items():
+        add(flag, **settings)
     return parser
 
 
-def parse_args(script, doc, runs, argv=None, *, seeds=1, count=None) -> argparse.Namespace:
-    """Parse the command line of a script with these runs, {name: configuration} (or `count` of them), and set up.
-
-    Returns the options with runs (those to train, overrides applied), seeds (a list), device (torch.device),
-    precision ("fp32" or "bf16"), workers, threads, script (its path in the project), stem (the path that its
-    outputs begin with) and unchanged: whether runs and data are the script's own. A bad value: exit code 2.
-    """
+def parse_args(script, doc, runs, argv=None, *, seeds=1, count=None, options=None) -> argparse.Namespace:
+    """Parse the command line of a script with these runs, {name: configuration} (or `count` of them), and `options` of
+    its own, {flag: settings}; and set up. Returns the options with runs (those to train, overrides applied), seeds (a
+    list), device (torch.device), precision ("fp32" or "bf16"), workers, threads, script (its path in the project), stem
+    (the path that its outputs begin with) and unchanged: whether runs and data are the script's own. A bad value: exit
+    code 2."""
     script = Path(script).resolve()
     networks = [config["network"] for config in runs.values() if "network" in config]
-    parser = make_parser(script, doc, list(dict.fromkeys([*networks, *runs])), seeds)
+    parser = make_parser(script, doc, list(dict.fromkeys([*networks, *runs])), seeds, options or {})
     args = parser.parse_args(argv)
     for option in ("epochs", "batch_size", "lr", "seed", "seeds", "workers", "threads", "limit"):
         value, least = getattr(args, option), {"seed": 0, "lr": 1e-9}.get(option, 1)
@@ -134,8 +135,8 @@ def parse_args(script, doc, runs, argv=None, *, seeds=1, count=None) -> argparse
     if args.device not in devices:
         parser.error(f"--device {args.device}: not here; there is {', '.join(devices)}")
     args.device = torch.device(args.device)
-    if args.precision == "auto":
-        args.precision = "bf16" if has_native_bf16(args.device) else "fp32"
+    native = "bf16" if has_native_bf16(args.device) else "fp32"
+    args.precision = native if args.precision == "auto" else args.precision
     most = CORES if args.device.type == "cpu" and not TORCHRUN else 1  # each of torchrun's ranks is a worker
     args.workers = min(args.workers or most, count or len(args.runs) * len(args.seeds))
     args.threads = args.threads or max(1, CORES // args.workers)
@@ -264,6 +265,53 @@ def batches(split: Split, size: int, order: torch.Generator, augment=None, shuff
         if augment:
             images = augment(images.float())
         yield normalize(images), split.labels[rows]
+
+
+# ---- Photos, prepared as the images of MNIST were --------------------------------------------------------------------
+def prepare_photo(gray: Tensor) -> tuple[Tensor, int]:
+    """The largest digit of a photo, float (H, W) from 0 to 1, as uint8 (1, 28, 28), and how many others of a third of
+    its size there are. As for MNIST (yann.lecun.com/exdb/mnist) it is scaled into a box of 20 x 20 pixels, with its mass
+    centred. Ink may be dark or light, lighting uneven. ValueError if nothing stands out."""
+    size = [max(8, round(n * min(1, 320 / max(gray.shape)))) for n in gray.shape]
+    gray = windows(F.avg_pool2d, F.interpolate(gray[None, None], size, mode="bilinear", antialias=True), 3)
+    if (gray - windows(F.avg_pool2d, gray, max(size) // 3)).pow(3).mean() > 0:  # light ink
+        gray = 1 - gray
+    size = max(size) // 4  # wider than a stroke
+    paper = -windows(F.max_pool2d, -windows(F.max_pool2d, gray, size), size)  # a closing: the strokes are gone
+    ink = windows(F.avg_pool2d, paper, size // 2) - gray
+    ordered = ink.flatten().double().sort().values
+    below, total = torch.arange(1, len(ordered)), ordered.cumsum(0)
+    gaps = (total[-1] - total[:-1]) / (len(ordered) - below) - total[:-1] / below
+    strong = ink > ordered[(below * (len(ordered) - below) * gaps**2).argmax()]  # Otsu 1979
+    if not strong.any() or gaps.max() < 0.08 or strong.float().mean() > 0.5:
+        raise ValueError("no digit stands out from its background")
+    digit, others = largest_part(strong.float(), 1 + size // 10)
+    full = ink[(strong * digit).bool()].median()
+    digit = (((ink - 0.3 * full) / (0.5 * full)).clamp(0, 1) * digit)[0, 0]
+    rows, columns = (digit.sum(axis).nonzero().flatten() for axis in (1, 0))
+    digit = digit[None, None, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    size = [max(1, round(20 * n / max(digit.shape))) for n in digit.shape[2:]]
+    digit = F.interpolate(digit, size, mode="bilinear", antialias=True)[0, 0]
+    centres = [(digit.sum(1 - axis) @ torch.arange(float(n)) / digit.sum()).item() for axis, n in enumerate(size)]
+    top, left = (min(max(round(13.5 - centre), 0), 28 - n) for centre, n in zip(centres, size, strict=True))
+    image = F.pad(digit, (left, 28 - left - size[1], top, 28 - top - size[0]))
+    return (255 * image).round().to(torch.uint8)[None], others
+
+
+def windows(pool, x: Tensor, size: int) -> Tensor:
+    """`pool`, F.avg_pool2d or F.max_pool2d, over windows of about `size` pixels, borders repeated."""
+    x, size = F.pad(x, [size // 2] * 4, mode="replicate"), size // 2 * 2 + 1
+    return pool(pool(x, (size, 1), 1), (1, size), 1)  # rows, then columns: many times faster
+
+
+def largest_part(mask: Tensor, reach: int) -> tuple[Tensor, int]:
+    """The largest connected part of a 0/1 mask (1, 1, H, W), small gaps bridged, and how many others there are."""
+    near = F.max_pool2d(mask, 2 * reach + 1, 1, reach)
+    labels = before = torch.arange(1.0, near.numel() + 1).view_as(near) * near
+    while before is labels or not torch.equal(before, labels):  # the greatest label of each part spreads over it
+        before, labels = labels, F.max_pool2d(labels, 3, 1, 1) * near
+    names, counts = labels[mask > 0].unique(return_counts=True)
+    return (labels == names[counts.argmax()]).float(), int((3 * counts > counts.max()).sum()) - 1
 
 
 # ---- Training and evaluation -----------------------------------------------------------------------------------------

@@ -7,10 +7,14 @@ Why     Two 3x3 convolutions detect local strokes, max-pooling makes them robust
 Run     python q1_baseline.py               five minutes on two CPU cores
         python q1_baseline.py --seeds 5     the recorded results
         python q1_baseline.py --resume      continues a stopped run, bit-identical to one that was never stopped
+        python q1_baseline.py --predict photo.jpg     classifies your own handwriting, once a network is trained
 """
 
 import math
+import sys
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,6 +31,11 @@ RUNS = {
     },
     "constant learning rate": {"epochs": 20, "batch_size": 64, "lr": 1e-3, "decay": 1.0, "patience": 3},  # published
 }
+
+
+# MNIST test images on whose label fewer than three of five reviewers agreed (Northcutt, Athalye and Mueller 2021,
+# arXiv:2103.14749).
+DISPUTED = {947, 1621, 1901, 2130, 2462, 2597, 2654, 3520, 3558, 5937, 6651, 6783, 8527, 9679, 9729}
 
 
 def baseline_cnn(dropout: float = 0.5) -> nn.Sequential:
@@ -121,19 +130,105 @@ def plot_samples(train):
     return figure
 
 
-def plot_mistakes(logits, test):
-    """The 40 wrong predictions with the highest confidence."""
+def plot_mistakes(logits, test, disputed=()):
+    """The 40 wrong predictions with the highest confidence; marks those with a disputed label."""
     confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != test.labels).nonzero().flatten()
     shown = wrong[confidence[wrong].argsort(descending=True, stable=True)][:40]
-    captions = [f"{test.labels[i]}, predicted {predicted[i]}\n{100 * confidence[i]:.1f} %" for i in shown]
+    notes = ["label disputed" if i in disputed else f"{100 * confidence[i]:.1f} %" for i in shown.tolist()]
+    captions = [f"{test.labels[i]}, predicted {predicted[i]}\n{note}" for i, note in zip(shown, notes, strict=True)]
     figure = common.new_figure(10, 7.5)
     draw_images(figure.subplots(), test.images[shown], columns=8, captions=captions)
     return figure
 
 
+# ---- Predictions for photos ------------------------------------------------------------------------------------------
+def read_photo(path):
+    """The photo in a file, float (H, W) from 0 to 1. Raises ValueError, with what is wrong, if there is none."""
+    from PIL import Image, ImageOps, UnidentifiedImageError  # late: --help need not wait for it
+
+    Image.MAX_IMAGE_PIXELS = None  # checked here
+    try:
+        with Image.open(path) as photo:
+            if photo.width * photo.height > 100e6:
+                raise ValueError("more than 100 megapixels")
+            wide = photo.mode.startswith("I")  # 16 bits
+            upright = ImageOps.exif_transpose(photo)
+            if wide:
+                return torch.from_numpy(np.array(upright, dtype=np.float32)) / 65535
+            *colors, alpha = torch.from_numpy(np.array(upright.convert("RGBA"))).float().div(255).unbind(2)
+    except FileNotFoundError:
+        raise ValueError("no such file") from None
+    except UnidentifiedImageError:
+        raise ValueError("not an image") from None
+    except (OSError, SyntaxError) as error:  # SyntaxError: Pillow's for a broken PNG
+        raise ValueError(f"cannot be read: {error}") from None
+    gray = sum(colors) / 3
+    paper = 1.0 if (gray * alpha).sum() < alpha.sum() / 2 else 0.0  # behind what is transparent
+    return gray * alpha + paper * (1 - alpha)
+
+
+def best_network(folder):
+    """The network with the highest validation accuracy among the checkpoints of finished runs."""
+    states = [common.load_checkpoint(path, {}) for path in sorted(folder.glob("*.pt"))]
+    finished = [state for state in states if "result" in state]
+    if not finished:
+        sys.exit(f"no trained network in {folder}; python q1_baseline.py trains one in four minutes")
+    model = baseline_cnn()
+    model.load_state_dict(max(finished, key=lambda state: state["result"]["scores"]["val_accuracy"])["best"])
+    return model.eval()
+
+
+def plot_predictions(shown):
+    """From (name, photo, image, probabilities): the photo, the image that the network gets, the probabilities."""
+    figure = common.new_figure(9, 2.2 * len(shown))
+    for row, (name, photo, image, probabilities) in zip(
+        figure.subplots(len(shown), 3, squeeze=False), shown, strict=True
+    ):
+        row[0].imshow(photo.numpy(), cmap="gray", vmin=0, vmax=1)
+        row[0].set_title(name, fontsize=9)
+        row[1].imshow(image[0].numpy(), cmap="gray_r")
+        row[2].bar(range(10), 100 * probabilities.numpy(), color=common.COLORS[0])
+        row[2].set(xticks=range(10), ylim=(0, 100), ylabel="probability (%)")
+        for axes in row[:2]:
+            axes.axis("off")
+    return figure
+
+
+def predict(paths, stem):
+    """Print and plot what the best network predicts for photos; exit code 1 if one cannot be read."""
+    model, shown = best_network(Path(f"{stem}_runs")), []
+    for path in paths:
+        try:
+            photo = read_photo(path)
+            image, others = common.prepare_photo(photo)
+        except ValueError as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            continue
+        with torch.no_grad():
+            probabilities = model(common.normalize(image[None])).softmax(1)[0]
+        (best, second), (digit, runner_up) = (pair.tolist() for pair in probabilities.topk(2))
+        print(f"{path}: {digit} ({100 * best:.1f} %), then {runner_up} ({100 * second:.1f} %)")
+        if others:
+            print(f"WARNING: {path} shows several digits; this is the largest", file=sys.stderr)
+        shown.append((Path(path).name, photo, image, probabilities))
+    if shown:
+        figure = plot_predictions(shown[:20])
+        common.save_figure(
+            f"{stem}_predictions.png", figure, "Photo, what the network gets, and its prediction", "MNIST"
+        )
+    sys.exit(len(shown) < len(paths))
+
+
 def main(argv=None):
-    args = common.parse_args(__file__, __doc__, RUNS, argv)
+    photos = {
+        "nargs": "+",
+        "metavar": "PHOTO",
+        "help": "classify the digits in these files with the best trained network",
+    }
+    args = common.parse_args(__file__, __doc__, RUNS, argv, options={"--predict": photos})
+    if args.predict:
+        predict(args.predict, args.stem)
     data = common.load_data(args)
     print_layers(baseline_cnn())
     results = common.run_all(train, args, data)
@@ -148,7 +243,7 @@ def main(argv=None):
         "curves": (common.plot_curves(results), common.summarize(results)),
         "confusion": (plot_confusion(counts), f"{wrong} of {len(test.labels):,} test digits are misclassified"),
         "mistakes": (
-            plot_mistakes(best.test_logits, test),
+            plot_mistakes(best.test_logits, test, DISPUTED if data.name == "MNIST" else ()),
             f"The {min(wrong, 40)} of {wrong} misclassified test digits with the highest confidence",
         ),
     }

@@ -4,11 +4,13 @@
     python tests/benchmark.py --only training    one of them
 
 The ways to train take turns, and the medians of their ratios are what counts: machines differ and are noisy. Parts
-`workers`, `health` and `synthetic` need MNIST in --data-dir, MNIST_DIR or data/.
+`workers`, `health`, `synthetic` and `photos` need MNIST in --data-dir, MNIST_DIR or data/, `photos` also a network that
+q1_baseline.py has trained.
 Writes benchmark.json and benchmark_digits.png beside itself.
 """
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -253,6 +255,24 @@ def measure_synthetic(data_dir):
     return {"seconds": round(seconds, 1), "test_accuracy_on_mnist": accuracies, "mean": mean, "std": std}
 
 
+def measure_photos(data_dir, count=1_000):
+    """Test accuracy on photos made of MNIST test images, of the best network that q1_baseline.py has left: prepared by
+    `common.prepare_photo`, merely resized to 28x28, and of the images themselves."""
+
+    from photos import make_photo, resize_naively
+
+    test, generator = load(data_dir).test, torch.Generator().manual_seed(0)
+    model = q1_baseline.best_network(ROOT / "q1_baseline_runs")
+    chosen = torch.randperm(len(test.labels), generator=generator)[:count]
+    images = {"images themselves": test.images[chosen], "prepared": [], "resized": []}
+    for image in test.images[chosen]:
+        photo = q1_baseline.read_photo(io.BytesIO(make_photo(image, generator)))
+        images["prepared"].append(common.prepare_photo(photo)[0])
+        images["resized"].append(resize_naively(photo))
+    splits = {name: common.Split(torch.stack(tuple(x)), test.labels[chosen]) for name, x in images.items()}
+    return {"photos": count, **{name: round(common.evaluate(model, split)[1], 2) for name, split in splits.items()}}
+
+
 def main():
     parts = {
         "training": measure_training,
@@ -260,6 +280,7 @@ def main():
         "health": measure_health,
         "start": measure_start,
         "synthetic": measure_synthetic,
+        "photos": measure_photos,
     }
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
