@@ -270,8 +270,8 @@ def batches(split: Split, size: int, order: torch.Generator, augment=None, shuff
 # ---- Photos, prepared as the images of MNIST were --------------------------------------------------------------------
 def prepare_photo(gray: Tensor) -> tuple[Tensor, int]:
     """The largest digit of a photo, float (H, W) from 0 to 1, as uint8 (1, 28, 28), and how many others of a third of
-    its size there are. As for MNIST (yann.lecun.com/exdb/mnist) it is scaled into a box of 20 x 20 pixels, with its mass
-    centred. Ink may be dark or light, lighting uneven. ValueError if nothing stands out."""
+    its size there are. As in MNIST (yann.lecun.com/exdb/mnist) it fills a box of 20 x 20 pixels, its mass centred. Ink
+    may be dark or light, lighting uneven. Raises ValueError if nothing stands out."""
     size = [max(8, round(n * min(1, 320 / max(gray.shape)))) for n in gray.shape]
     gray = windows(F.avg_pool2d, F.interpolate(gray[None, None], size, mode="bilinear", antialias=True), 3)
     if (gray - windows(F.avg_pool2d, gray, max(size) // 3)).pow(3).mean() > 0:  # light ink
