@@ -4,7 +4,7 @@ Expect  98 % after one epoch; early stopping after 13 to 20.
 Why     Two 3x3 convolutions detect local strokes, max-pooling makes them robust to small shifts, and dropout keeps
         the fully connected layer, with 95 % of the parameters, from overfitting. At a constant learning rate Adam
         keeps oscillating around the minimum; a decaying one lets it converge.
-Run     python q1_baseline.py               five minutes on two CPU cores
+Run     python q1_baseline.py               three minutes on two CPU cores
         python q1_baseline.py --seeds 5     the recorded results
         python q1_baseline.py --resume      continues a stopped run, bit-identical to one that was never stopped
         python q1_baseline.py --predict photo.jpg     classifies your own handwriting, once a network is trained
@@ -173,7 +173,7 @@ def best_network(folder):
     states = [common.load_checkpoint(path, {}) for path in sorted(folder.glob("*.pt"))]
     finished = [state for state in states if "result" in state]
     if not finished:
-        sys.exit(f"no trained network in {folder}; python q1_baseline.py trains one in four minutes")
+        sys.exit(f"no trained network in {folder}; python q1_baseline.py trains one in three minutes")
     model = baseline_cnn()
     model.load_state_dict(max(finished, key=lambda state: state["result"]["scores"]["val_accuracy"])["best"])
     return model.eval()

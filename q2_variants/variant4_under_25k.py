@@ -6,7 +6,7 @@ Why     Both spend most of their parameters on the first fully connected layer: 
         narrow-head's learning rate falls to a tenth after five epochs, which gains 0.3 points; squeeze's five epochs
         end before its learning rate ever falls. The improved recipes train longer, with a learning rate that falls to
         zero (one-cycle), and rotate, shift and scale the images instead of rotating and cropping them.
-Run     python q2_variants/variant4_under_25k.py     six minutes on two CPU cores
+Run     python q2_variants/variant4_under_25k.py     three minutes on two CPU cores
 """
 
 import math

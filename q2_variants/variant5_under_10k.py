@@ -6,7 +6,7 @@ Why     MnistNet_1 has neither BatchNorm nor augmentation and spends a third of 
         MnistNet_2 has global average pooling instead, BatchNorm after every 3x3 layer, and randomly rotated images;
         MnistNet_3 has fewer channels in its second block. The improved recipes also shift and scale the images, and
         raise the learning rate further and lower it to zero (one-cycle).
-Run     python q2_variants/variant5_under_10k.py     twenty minutes on two CPU cores
+Run     python q2_variants/variant5_under_10k.py     a quarter of an hour on two CPU cores
         python q2_variants/variant5_under_10k.py --only MnistNet_3
 """
 

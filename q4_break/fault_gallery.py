@@ -6,7 +6,7 @@ Why     Most faults of a training end in the same symptom, chance level or a few
         network do. Each fault is trained with two or more networks on 3,000 images, beside the same networks without
         a fault. Thresholds of the checks were set on the baseline and the MLPs; the other networks are held out.
 Fix     One sentence for each alarm says what to look at first.
-Run     python q4_break/fault_gallery.py     four minutes on two CPU cores
+Run     python q4_break/fault_gallery.py     two minutes on two CPU cores
         python q4_break/fault_gallery.py --only "weight decay 10, LeNet"
 """
 
