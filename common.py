@@ -46,7 +46,7 @@ RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 
 # ---- Setup: process, device, files -----------------------------------------------------------------------------------
 def setup(threads):
-    """Settings of a script's process and of its workers."""
+    """Settings of a process that trains."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # multiplying denormal numbers is many times slower
     torch.backends.cudnn.deterministic = True  # a resumed run ends bit-identical
@@ -147,7 +147,6 @@ def parse_args(script, doc, runs, argv=None, *, seeds=1, count=None, options=Non
         tempfile.TemporaryFile(dir=args.out_dir).close()
     except OSError as error:
         parser.error(f"--out-dir {args.out_dir}: cannot write: {error.strerror}; give another folder")
-    setup(args.threads)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first rank prints
     return args
@@ -596,6 +595,7 @@ def train_runs(work, args, runs: list[Run], resume: bool, results: dict) -> list
 
 def train_run(train, data: Dataset, run: Run, resume: bool, show) -> bytes | str:
     """Train and score a run. Returns its packed result, which its checkpoint holds too, or what failed, in a line."""
+    setup(run.identity["threads"])
     data = data._replace(train=first(data.train, run.config.get("images")))
     settings = {"precision": run.identity["precision"], "checkpoint": run.path, "identity": run.identity}
     settings |= {"resume": resume, "progress": lambda images, line: show(images, line and f"{run}: {line}")}
@@ -694,7 +694,6 @@ def serve(slot: str, code, port: int | None, train, data: Dataset, environment: 
     if parent := multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, without which it ends, too
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-        setup(environment["threads"])
     store = TCPStore("localhost", port, wait_for_workers=False) if port else torchrun_store()[0]
 
     def show(images, line):

@@ -25,6 +25,9 @@ import common
 from q1_baseline import baseline_cnn
 from q2_variants.variant3_advanced_combo import advanced_combo_cnn
 
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
 # ---- Health checks: what is wrong with a training that ended; `common.fit` calls them --------------------------------
 ALARMS = {  # causes before effects: the first alarm of a training is its diagnosis. And what to look at first
     "identical images": "Look at the images as the network gets them: they are blank, or copies of a few.",
@@ -55,6 +58,7 @@ ALARMS = {  # causes before effects: the first alarm of a training is its diagno
     "overfitting": "Use more images, augmentation or dropout.",
 }
 PROBE = 500  # training images on which a network is measured
+PART = 125  # of them at once, when gradients are computed: activations take memory
 KNOWN = 1_000  # other training images, among which their nearest neighbours are sought
 WINDOWS = 20  # parts of a training, over which the loss of the steps is averaged
 
@@ -119,30 +123,25 @@ def check_network(model: nn.Module, history: common.History, probe: common.Split
     """Faults that the trained network shows on some training images."""
     training = model.training
     stays_in_training = any(layer.training for layer in model.eval().modules())
+    sizes = gradient_sizes(model, probe)
     model.train(training)
-    outputs, logits = layer_outputs(model, probe.images)
-    weights = [weight for weight in layer_weights(model) if weight.requires_grad]
-    loss = nn.functional.cross_entropy(logits, probe.labels)
-    gradients = torch.autograd.grad(loss, weights) if weights else []  # all may be frozen
-    sizes = [gradient.square().mean().sqrt().item() for gradient in gradients] or [0.1]
+    with torch.no_grad():
+        outputs, logits = layer_outputs(model, probe.images, share_at_fault)
+    dead = [name for name, layer, share in outputs if isinstance(layer, nn.ReLU) and share > 0.9]
+    saturated = [name for name, layer, share in outputs if isinstance(layer, (nn.Tanh, nn.Sigmoid)) and share > 0.8]
+    drifts = [drift for _, layer, drift in outputs if isinstance(layer, BatchNorm) and layer.affine]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         trained = copy.deepcopy(model).train()(common.normalize(probe.images))  # with dropout
     accuracy, in_training = ((x.argmax(1) == probe.labels).float().mean().item() for x in (logits, trained))
     last, chance = history.rows[-1], probe.labels.bincount().max().item() / len(probe.labels)
     gap = last["train_accuracy"] - last["val_accuracy"]
-    dead = [name for name, layer, y in outputs if isinstance(layer, nn.ReLU) and dead_share(y) > 0.9]
-    bounded = [(name, y) for name, layer, y in outputs if isinstance(layer, nn.Tanh)]
-    bounded += [(name, 2 * y - 1) for name, layer, y in outputs if isinstance(layer, nn.Sigmoid)]
-    norms = [(x.weight, y) for _, x, y in outputs if isinstance(x, nn.modules.batchnorm._BatchNorm) and x.affine]
-    # With the right averages BatchNorm's outputs have the standard deviation `weight`.
-    drifts = [(y.transpose(0, 1).flatten(1).std(1) / w).abs().log().abs().median().item() for w, y in norms]
     return {
         "number of outputs": logits.shape[1] != classes,
         "softmax before the loss": logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-3,
         "ReLU before the loss": logits.min() >= 0 and (logits == 0).float().mean() > 0.1,
         "symmetric units": sorted({*history.symmetric, *symmetric_layers(model)}),
         "dead ReLUs": dead,  # 0.66; 1
-        "saturated activations": [name for name, y in bounded if (y.abs() > 0.95).float().mean() > 0.8],  # 0.5; 0.88
+        "saturated activations": saturated,  # 0.5; 0.88
         "exploding gradients": not max(sizes) < 1,  # 0.15; 1.35
         "vanishing gradients": min(sizes) <= 5e-3 * max(sizes),  # 0.03; 0.0014
         "batch statistics": max(drifts, default=0) > 0.4 or stays_in_training,  # 0.19; 0.65
@@ -155,21 +154,43 @@ def check_network(model: nn.Module, history: common.History, probe: common.Split
     }
 
 
-def layer_outputs(
-    model: nn.Module, images: torch.Tensor
-) -> tuple[list[tuple[str, nn.Module, torch.Tensor]], torch.Tensor]:
-    """(name, layer, output) of all layers without inner ones, in evaluation mode, and the logits, for `images`, uint8
-    (N, 1, 28, 28), at once."""
+def layer_outputs(model: nn.Module, images: torch.Tensor, measure=lambda layer, output: output):
+    """(name, layer, `measure` of its output) of all layers without inner ones, in evaluation mode, and the logits, for
+    `images`, uint8 (N, 1, 28, 28), at once."""
     outputs, hooks, training = [], [], model.training
     for name, layer in model.named_modules():
         if not list(layer.children()):
-            note = lambda layer, _, output, name=name: outputs.append((name, layer, output))
+            note = lambda layer, _, output, name=name: outputs.append((name, layer, measure(layer, output)))
             hooks.append(layer.register_forward_hook(note))
     logits = model.eval()(common.normalize(images))
     model.train(training)
     for hook in hooks:
         hook.remove()
     return outputs, logits
+
+
+def share_at_fault(layer: nn.Module, output: torch.Tensor) -> float | None:
+    """Of a ReLU layer the share of dead units; of tanh and sigmoid that of saturated outputs; of BatchNorm how far the
+    standard deviation of its outputs is from `weight`, where it is with the right averages (median of the logarithms).
+    """
+    if isinstance(layer, nn.ReLU):
+        return dead_share(output)
+    if isinstance(layer, (nn.Tanh, nn.Sigmoid)):
+        symmetric = output if isinstance(layer, nn.Tanh) else 2 * output - 1
+        return (symmetric.abs() > 0.95).float().mean().item()
+    if isinstance(layer, BatchNorm) and layer.affine:
+        return (output.transpose(0, 1).flatten(1).std(1) / layer.weight).abs().log().abs().median().item()
+
+
+def gradient_sizes(model: nn.Module, probe: common.Split) -> list[float]:
+    """Root mean square of the gradient of the loss by each layer's weights, but for frozen ones (all frozen: [0.1])."""
+    weights = [weight for weight in layer_weights(model) if weight.requires_grad]
+    gradients = [torch.zeros_like(weight) for weight in weights]
+    for images, labels in zip(probe.images.split(PART), probe.labels.split(PART), strict=True):
+        loss = nn.functional.cross_entropy(model(common.normalize(images)), labels, reduction="sum") / len(probe.labels)
+        for gradient, part in zip(gradients, torch.autograd.grad(loss, weights) if weights else (), strict=True):
+            gradient += part
+    return [gradient.square().mean().sqrt().item() for gradient in gradients] or [0.1]
 
 
 def layer_weights(model: nn.Module) -> list[torch.Tensor]:

@@ -287,6 +287,7 @@ def main():
     parser.add_argument("--only", choices=parts)
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("MNIST_DIR") or ROOT / "data")
     args = parser.parse_args()
+    common.setup(common.CORES)
     path = HERE / "benchmark.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for part in [args.only] if args.only else parts:
