@@ -24,6 +24,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+ENVIRONMENT = dict(os.environ)  # for other processes; conftest limits the threads of tests
+
 from conftest import ROOT, load, write_mnist
 
 import common
@@ -32,13 +35,12 @@ from q2_variants import variant4_under_25k as variant4
 from q2_variants import variant5_under_10k as variant5
 
 HERE = Path(__file__).resolve().parent
-IMAGES, ROUNDS = 12_800, 5
+IMAGES, ROUNDS = 12_800, 3
 
 
-def run(*command, **environment):
+def run(*command):
     command = [sys.executable, *map(str, command)]
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT).stdout
 
 
 def median(values, digits=2):
@@ -141,7 +143,7 @@ def run_script(script, folder, data_dir, *options):
     """Seconds and peak memory of a script."""
     command = [sys.executable, ROOT / script, "--data-dir", data_dir, "--out-dir", folder, *options]
     started, peak = time.perf_counter(), 0.0
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, env=ENVIRONMENT) as process:
         while process.poll() is None:
             peak = max(peak, proportional_memory(process.pid))
             time.sleep(0.5)
@@ -164,7 +166,7 @@ def measure_workers(data_dir):
     with tempfile.TemporaryDirectory() as folder:
         for script, options in WORK.items():
             ratios, memory = [], []
-            for _ in range(3):
+            for _ in range(2):
                 one, _ = run_script(script, folder, data_dir, *options, "--workers", 1)
                 many, peak = run_script(script, folder, data_dir, *options, "--workers", common.CORES)
                 ratios.append(one / many)
