@@ -217,10 +217,11 @@ def test_small_gallery_names_faults_of_an_mlp(mnist_folder, tmp_path, monkeypatc
     """On 800 synthetic digits; the whole gallery is for real MNIST."""
     faults = [fault for fault, (networks, _) in gallery.FAULTS.items() if "MLP" in networks]
     runs = {name: config for name, config in gallery.RUNS.items() if config["network"] == "MLP"}
+    runs = dict(list(runs.items())[::2])  # half of them, the healthy one included
     monkeypatch.setattr(gallery, "RUNS", {name: {**config, "batch_size": 8} for name, config in runs.items()})
     call_script("q4_break/fault_gallery.py", "--precision fp32", mnist_folder, tmp_path)
     found, _ = results_in(tmp_path, "fault_gallery")
-    assert len(found) == 1 + len(faults)
+    assert len(found) == 1 + len(faults) // 2
     right = 0
     for run in found.values():
         (seed,) = run["seeds"]

@@ -82,7 +82,7 @@ def test_script_runs_from_another_folder(script, mnist_folder, tmp_path):
 def finished(mnist_folder, tmp_path_factory):
     """The folder of a complete run of Q1 with two seeds."""
     folder = tmp_path_factory.mktemp("finished")
-    call_script("q1_baseline.py", "--epochs 4 --seeds 2 --precision fp32 --threads 1", mnist_folder, folder)
+    call_script("q1_baseline.py", "--epochs 4 --seeds 2 --limit 400 --precision fp32 --threads 1", mnist_folder, folder)
     return folder
 
 
@@ -113,7 +113,7 @@ def test_confusions_are_counted_by_true_and_predicted_digit(capsys):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
 def test_killed_q1_resumes_to_a_bit_identical_end(finished, mnist_folder, tmp_path):
-    arguments = "--epochs 4 --seeds 2 --precision fp32 --threads 1"
+    arguments = "--epochs 4 --seeds 2 --limit 400 --precision fp32 --threads 1"
     common_arguments = f"{arguments} --workers 1 --data-dir {mnist_folder} --out-dir {tmp_path}"
     with start_script("q1_baseline.py", common_arguments, cwd=tmp_path) as process:
         for line in process.stdout:

@@ -10,7 +10,7 @@ import common
 import q3_tuning
 
 PLOTS = "curves", "hyperparameters", "final", "finalists", "learning_rates"
-ARGUMENTS = "--epochs 1 --seeds 2 --precision fp32 --threads 1"
+ARGUMENTS = "--epochs 1 --seeds 1 --precision fp32 --threads 1"
 
 
 def run_small_study(arguments, data_dir, out_dir):
@@ -40,14 +40,14 @@ def test_study_leaves_its_log_its_results_and_its_plots(finished):
     assert {"published", "SGD 0.01", "published, constant learning rate"} < set(runs)
     means = {}  # validation accuracy of the finalists
     for name, run in runs.items():
-        assert [seed["seed"] for seed in run["seeds"]] == [0, 1]
+        assert [seed["seed"] for seed in run["seeds"]] == [0]
         if run["config"]["images"] == 100:
             means[name] = sum(seed["val_accuracy"] for seed in run["seeds"])
     assert [name for name in runs if name.endswith(", final")] == [f"{max(means, key=means.get)}, final"]
-    assert {(row["run"], row["seed"]) for row in log} == {(name, seed) for name in runs for seed in "01"}
+    assert {(row["run"], row["seed"]) for row in log} == {(name, "0") for name in runs}
     with (finished / "q3_tuning_study.csv").open() as file:
         study = list(csv.DictReader(file))
-    assert len(study) == 2 * 7 and all(0 <= float(row["val_accuracy"]) <= 100 for row in study)
+    assert len(study) == 7 and all(0 <= float(row["val_accuracy"]) <= 100 for row in study)
 
 
 def test_test_labels_do_not_influence_the_selection(finished, mnist_folder, tmp_path):
