@@ -186,6 +186,7 @@ def files_below(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_on_an_empty_folder_all_get_the_data(mirror, tmp_path):
     program = f"""
 import sys

@@ -70,6 +70,7 @@ def torchrun(arguments, cwd, *more, script=SCRIPT, **environment):
         return subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log, env={**ONE_THREAD, **environment})
 
 
+@pytest.mark.slow
 def test_torchrun_ends_bit_identical_to_one_process(finished, mnist_folder, tmp_path):
     process = torchrun(arguments_for(mnist_folder, ""), tmp_path, "--standalone", "--nproc-per-node=2")
     assert process.wait(120) == 0, (tmp_path / "log").read_text()

@@ -23,7 +23,7 @@ def write_photo(path, image, scale=10, invert=True, **options):
 
 @pytest.fixture(scope="module")
 def digits():
-    return common.draw_digits(30, seed=7)
+    return common.draw_digits(60, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,7 @@ def test_prepared_digit_is_framed_like_mnist(digits):
             assert abs(centre - 13.5) < 2.5
 
 
+@pytest.mark.slow
 def test_photos_are_classified_where_resizing_fails(trained, digits):
     """The small form of the benchmark, on synthetic digits."""
     generator, prepared, naive = torch.Generator().manual_seed(0), [], []
@@ -75,7 +76,7 @@ def test_photos_are_classified_where_resizing_fails(trained, digits):
     def accuracy(images):
         return common.evaluate(model, common.Split(images, digits[1]))[1]
 
-    assert accuracy(torch.stack(prepared)) > accuracy(digits[0]) - 10
+    assert accuracy(torch.stack(prepared)) > accuracy(digits[0]) - 8
     assert accuracy(torch.stack(naive)) < 50
 
 

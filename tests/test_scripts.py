@@ -111,6 +111,7 @@ def test_confusions_are_counted_by_true_and_predicted_digit(capsys):
     assert q1_baseline.most_confused(counts) == [(3, 5, 2), (4, 9, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
 def test_killed_q1_resumes_to_a_bit_identical_end(finished, mnist_folder, tmp_path):
     arguments = "--epochs 4 --seeds 2 --limit 400 --precision fp32 --threads 1"
