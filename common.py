@@ -560,7 +560,7 @@ def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> 
         print(f"interrupted; --resume continues what is in {folder}", flush=True)
         sys.exit(130)
     if failures:
-        sys.exit(f"{len(failures)} of {len(runs)} runs failed, no results are reported: {'; '.join(failures)}")
+        sys.exit(f"{len(failures)} of {len(runs)} runs failed, no results are reported: {'; '.join(sorted(failures))}")
     return {name: [results[str(run)] for run in runs if run.name == name] for name in configs}
 
 
