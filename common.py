@@ -108,7 +108,7 @@ def make_parser(script: Path, doc: str, names: list[str], seeds: int, options: d
 
 def parse_args(script, doc, runs, argv=None, *, seeds=1, count=None, options=None) -> argparse.Namespace:
     """Parse the command line of a script with these runs, {name: configuration} (or `count` of them), and `options` of
-    its own, {flag: settings}; and set up. Returns the options with runs (those to train, overrides applied), seeds (a
+    its own, {flag: settings}. Returns the options with runs (those to train, overrides applied), seeds (a
     list), device (torch.device), precision ("fp32" or "bf16"), workers, threads, script (its path in the project), stem
     (the path that its outputs begin with) and unchanged: whether runs and data are the script's own. A bad value: exit
     code 2."""

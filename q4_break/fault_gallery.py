@@ -417,7 +417,6 @@ def train(config, data, seed, **settings):
     model.to(data.train.labels.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"])
     OPTIMIZER.get(fault, unchanged)(optimizer)
-    shuffle = fault != "sorted, not shuffled"
     return model, common.fit(
         model,
         data,
@@ -425,7 +424,7 @@ def train(config, data, seed, **settings):
         epochs=config["epochs"],
         batch_size=config["batch_size"],
         seed=seed,
-        shuffle=shuffle,
+        shuffle=fault != "sorted, not shuffled",
         **settings,
     )
 

@@ -39,5 +39,5 @@ def make_photo(image, generator):
 
 
 def resize_naively(photo):
-    """The usual mistake: a grey photo (H, W) resized to uint8 (1, 28, 28), neither inverted nor framed."""
+    """What most programs do: a grey photo (H, W) resized to uint8 (1, 28, 28), neither inverted nor framed."""
     return (255 * F.interpolate(photo[None, None], (28, 28), mode="bilinear", antialias=True)[0]).to(torch.uint8)

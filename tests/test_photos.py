@@ -101,11 +101,11 @@ def test_alpha_orientation_and_depth_are_respected(digits, tmp_path):
         assert torch.equal(common.prepare_photo(q1_baseline.read_photo(tmp_path / "alpha.png"))[0], expected)
     Image.fromarray(65535 - 257 * pixels.astype(np.uint16)).save(tmp_path / "deep.png")
     assert torch.equal(common.prepare_photo(q1_baseline.read_photo(tmp_path / "deep.png"))[0], expected)
-    turned = Image.fromarray(255 - pixels).rotate(90)
-    exif = turned.getexif()
+    rotated = Image.fromarray(255 - pixels).rotate(90)
+    exif = rotated.getexif()
     exif[274] = 6  # to be shown rotated by 90 degrees clockwise
-    turned.save(tmp_path / "turned.png", exif=exif)
-    assert torch.equal(common.prepare_photo(q1_baseline.read_photo(tmp_path / "turned.png"))[0], expected)
+    rotated.save(tmp_path / "rotated.png", exif=exif)
+    assert torch.equal(common.prepare_photo(q1_baseline.read_photo(tmp_path / "rotated.png"))[0], expected)
 
 
 def test_bad_photos_are_one_line_each_and_the_others_are_predicted(trained, digits, tmp_path, capsys):
