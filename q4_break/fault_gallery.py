@@ -70,7 +70,7 @@ def check_health(
 
     The loss alone names no cause: at ln 10, chance level, healthy networks begin and dead ones end. The thresholds were
     set on trainings of the networks in CALIBRATION; beside them stand the extremes of healthy trainings (the recorded
-    ones and tests/healthy.py) and of faulty ones.
+    ones and tests/healthy.py) and of faulty ones. That of the initial loss was raised after a healthy recorded run.
     """
     classes = 1 + max(split.labels.max().item() for split in (data.train, data.val))
     order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
