@@ -41,12 +41,26 @@ RUNS = {
 RUNS = {name: {"network": name.split()[0], "batch_size": 128, **config} for name, config in RUNS.items()}
 
 
+class FastDropout(nn.Dropout):
+    """Dropout of images (B, C, H, W) in channels-last memory: each element is kept if a random 16-bit integer says so,
+    and four of these are drawn at once. PyTorch draws one number for each element, half of a step's time here."""
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        keep = bits.view(torch.int16)[: x.numel()] >= round(self.p * 2**16) - 2**15
+        batch, channels, height, width = x.shape
+        keep = keep.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return x * keep.to(x.dtype).div_(1 - self.p)
+
+
 def conv(channels_in, channels_out, kernel=3):
     return nn.Conv2d(channels_in, channels_out, kernel, bias=False)
 
 
 def block(channels_in, channels_out, dropout, kernel=3):
-    return conv(channels_in, channels_out, kernel), nn.ReLU(), nn.BatchNorm2d(channels_out), nn.Dropout(dropout)
+    return conv(channels_in, channels_out, kernel), nn.ReLU(), nn.BatchNorm2d(channels_out), FastDropout(dropout)
 
 
 # Published with log-softmax and negative log-likelihood: the cross-entropy of logits.
