@@ -106,15 +106,16 @@ def make_parser(script: Path, doc: str, names: list[str], seeds: int, options: d
     return parser
 
 
-def parse_args(script, doc, runs, argv=None, *, seeds=1, count=None, options=None) -> argparse.Namespace:
-    """Parse the command line of a script with these runs, {name: configuration} (or `count` of them), and `options` of
-    its own, {flag: settings}. Returns the options with runs (those to train, overrides applied), seeds (a
-    list), device (torch.device), precision ("fp32" or "bf16"), workers, threads, script (its path in the project), stem
-    (the path that its outputs begin with) and unchanged: whether runs and data are the script's own. A bad value: exit
-    code 2."""
+def parse_args(script, doc, runs, argv=None, *, seeds=1, count=None, options=None, **defaults) -> argparse.Namespace:
+    """Parse the command line of a script with these runs, {name: configuration} (or `count` of them), `options` of its
+    own, {flag: settings}, and `defaults` of common ones. Returns the options with runs (those to train, overrides
+    applied), seeds (a list), device (torch.device), precision ("fp32" or "bf16"), workers, threads, script (its path in
+    the project), stem (the path that its outputs begin with) and unchanged: whether runs and data are the script's own.
+    A bad value: exit code 2."""
     script = Path(script).resolve()
     networks = [config["network"] for config in runs.values() if "network" in config]
     parser = make_parser(script, doc, list(dict.fromkeys([*networks, *runs])), seeds, options or {})
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     for option in ("epochs", "batch_size", "lr", "seed", "seeds", "workers", "threads", "limit"):
         value, least = getattr(args, option), {"seed": 0, "lr": 1e-9}.get(option, 1)

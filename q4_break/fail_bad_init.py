@@ -72,7 +72,7 @@ def train(config, data, seed, **settings):
 def symmetry(model, train):
     """The filters of the first layer, and how many units of each layer and how many rows of the first layer's gradient
     are distinct."""
-    weights = layer_weights(model)
+    weights = list(layer_weights(model).values())
     state = torch.get_rng_state()  # dropout's, which the training is to find as it was
     loss = F.cross_entropy(model(common.normalize(train.images[:64])), train.labels[:64])
     gradient = torch.autograd.grad(loss, weights[0])[0]

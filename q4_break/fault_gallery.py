@@ -184,7 +184,7 @@ def share_at_fault(layer: nn.Module, output: torch.Tensor) -> float | None:
 
 def gradient_sizes(model: nn.Module, probe: common.Split) -> list[float]:
     """Root mean square of the gradient of the loss by each layer's weights, but for frozen ones (all frozen: [0.1])."""
-    weights = [weight for weight in layer_weights(model) if weight.requires_grad]
+    weights = [weight for weight in layer_weights(model).values() if weight.requires_grad]
     gradients = [torch.zeros_like(weight) for weight in weights]
     for images, labels in zip(probe.images.split(PART), probe.labels.split(PART), strict=True):
         loss = nn.functional.cross_entropy(model(common.normalize(images)), labels, reduction="sum") / len(probe.labels)
@@ -193,15 +193,16 @@ def gradient_sizes(model: nn.Module, probe: common.Split) -> list[float]:
     return [gradient.square().mean().sqrt().item() for gradient in gradients] or [0.1]
 
 
-def layer_weights(model: nn.Module) -> list[torch.Tensor]:
-    """The weights of the layers, a row for each unit, from the first to the last; no biases, nothing of BatchNorm's."""
-    return [p for p in model.parameters() if p.dim() > 1]
+def layer_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of the layers by name, a row for each unit, from the first to the last; no biases, nothing of
+    BatchNorm's."""
+    return {name: p for name, p in model.named_parameters() if p.dim() > 1 and name.endswith("weight")}
 
 
 def symmetric_layers(model: nn.Module) -> list[str]:
     """Names of the hidden layers' weights of which less than half of the units (rows) are distinct. Units of the last
     layer may start equal: each class has other labels."""
-    hidden = [(name, p) for name, p in model.named_parameters() if p.dim() > 1][:-1]
+    hidden = list(layer_weights(model).items())[:-1]
     return [name for name, weight in hidden if 2 * distinct_units(weight) < len(weight)]
 
 

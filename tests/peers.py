@@ -36,7 +36,7 @@ def autotrainer(model, history, probe):
 
 def gradients_of(model, probe):
     """The norms of the gradients of the layers' weights, and the share of zeros in all of them."""
-    weights = [weight for weight in layer_weights(model) if weight.requires_grad]
+    weights = [weight for weight in layer_weights(model).values() if weight.requires_grad]
     _, logits = layer_outputs(model, probe.images)
     gradients = torch.autograd.grad(F.cross_entropy(logits, probe.labels), weights)
     zeros = torch.cat([gradient.flatten() == 0 for gradient in gradients]).float().mean().item()

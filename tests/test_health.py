@@ -145,6 +145,13 @@ def test_first_alarm_of_a_changed_network(alarm, trained):
     assert gallery.check_health(model, history, trained[0], optimizer)[0] == alarm
 
 
+def test_parameters_that_are_no_weights_may_be_equal(trained):
+    def add_parameter(model):
+        model[1].register_parameter("offset", nn.Parameter(torch.zeros(6, 20)))
+
+    assert check(trained, add_parameter) == []
+
+
 def test_saturated_activations_are_named(trained):
     torch.manual_seed(0)
     model = mlp(nn.Tanh)

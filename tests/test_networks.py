@@ -15,6 +15,7 @@ from q2_variants import variant2_batchnorm_gap as variant2
 from q2_variants import variant3_advanced_combo as variant3
 from q2_variants import variant4_under_25k as variant4
 from q2_variants import variant5_under_10k as variant5
+from q2_variants import variant7_smallest as variant7
 
 NETWORKS = {  # parameters of the layers that have any, and their published sum
     baseline_cnn: ([320, 18_496, 401_536, 1_290], 421_642),
@@ -36,6 +37,65 @@ def test_layers_are_the_published_ones(network):
     assert [count for count in found if count] == layers
     assert common.count_parameters(network()) == sum(layers)
     assert total in (None, sum(layers))
+
+
+@pytest.mark.parametrize("name", variant7.RUNS)
+def test_smallest_networks_have_the_parameters_of_their_names(name):
+    config = variant7.RUNS[name]
+    model = variant7.SharedCNN(config["channels"], config["narrow"])
+    assert f"{common.count_parameters(model):,} parameters" == name
+    assert not list(model.buffers())  # no running averages
+    model(torch.randn(4, 1, 28, 28)).logsumexp(1).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_shared_layer_is_applied_six_times_to_one_image_at_a_time():
+    torch.manual_seed(0)
+    model = variant7.SharedCNN(8, 4)
+    calls = []
+    model.depthwise.register_forward_hook(lambda layer, inputs, output: calls.append(tuple(output.shape)))
+    images = torch.randn(3, 1, 28, 28)
+    together = model(images)
+    assert calls == [(3, 8, 14, 14)] * 3 + [(3, 8, 7, 7)] * 3
+    torch.testing.assert_close(together, torch.cat([model(image[None]) for image in images]))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_fast_dropout_has_the_distribution_of_dropout(layout):
+    torch.manual_seed(0)
+    dropout, x = variant5.FastDropout(0.05), torch.randn(16, 8, 23, 25).contiguous(memory_format=layout)
+    x.requires_grad_()
+    y = dropout(x)
+    kept = y != 0
+    assert kept.float().mean().item() == pytest.approx(0.95, abs=4 * (0.95 * 0.05 / x.numel()) ** 0.5)
+    assert kept.float().mean((0, 2, 3)).std() < 0.01 and not torch.equal(kept, dropout(x) != 0)
+    torch.testing.assert_close(y[kept], x[kept] / 0.95)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, kept / 0.95)
+    assert dropout.eval()(x) is x and variant5.FastDropout(0)(x) is x
+
+
+def test_full_matrix_adam_needs_no_axes():
+    """A quadratic function whose valley lies across the axes: Adam zigzags in it, and so does ours at first."""
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(20, 20))[0]
+    hessian = basis @ torch.diag(torch.logspace(0, 4, 20)) @ basis.T
+
+    def minimum(optimizer, steps=600):
+        x = nn.Parameter(basis.sum(1))
+        optimizer = optimizer([x])
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, steps)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = x @ hessian @ x / 2
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        return loss.item()
+
+    ours = minimum(partial(variant7.FullMatrixAdam, lr=0.03, period=50, decay=0.5))
+    assert ours < 0.1 * minimum(partial(torch.optim.Adam, lr=0.03))
+    assert minimum(partial(variant7.FullMatrixAdam, lr=0.03, period=1_000, decay=0.5)) > 10 * ours
 
 
 def test_table_of_layers_shows_shapes_and_parameters(capsys):

@@ -34,6 +34,7 @@ PLOTS = {
     "variant3_advanced_combo": {"curves"},
     "variant4_under_25k": {"curves", "curves_improved", "augmentation"},
     "variant5_under_10k": {"curves", "curves_improved", "sizes"},
+    "variant7_smallest": {"curves", "frontier"},
     "fail_high_lr": {"curves", "steps"},
     "fail_no_dropout": {"curves", "all", "gap"},
     "fail_bad_init": {"curves", "filters"},

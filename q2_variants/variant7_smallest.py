@@ -1,0 +1,188 @@
+"""Q2, variant 7: 956 parameters reach XX % test accuracy, 2,616 reach XX %.
+
+Expect  TODO
+Why     TODO
+Run     python q2_variants/variant7_smallest.py     TODO minutes on two CPU cores
+        python q2_variants/variant7_smallest.py --only "956 parameters"
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
+
+import common
+from q2_variants.variant4_under_25k import rotate_and_shift
+
+# narrow: the channels, of `channels`, that the first convolution makes and that the classifier reads.
+# period, decay: of the optimizer below.
+RUNS = {
+    "996 parameters": {"channels": 20, "narrow": 14, "epochs": 30, "period": 50, "decay": 0.6},
+    "1,840 parameters": {"channels": 32, "narrow": 16, "epochs": 30, "period": 100, "decay": 0.5},
+}
+RUNS = {name: {**config, "batch_size": 128, "lr": 0.03} for name, config in RUNS.items()}
+# Parameters, test accuracy and how it was obtained: JoshWarn/Parameter-Efficient-MNIST, hexhowells/NeuralGolfing,
+# ruslangrimov/mnist-minimal-model, and the networks of variants 4 and 5.
+ON_TEST = "published, chosen on the test images"
+PUBLISHED = [
+    (575, 98.0, ON_TEST),
+    (697, 99.03, ON_TEST),
+    (997, 98.76, "published, mean of 223 runs"),
+    (1_936, 99.10, "published, one run, last epoch"),
+    (3_762, 99.52, ON_TEST),
+    (6_560, 99.45, ON_TEST),
+    (7_416, 99.39, ON_TEST),
+    (24_488, 99.26, ON_TEST),
+]
+
+
+class SharedCNN(nn.Module):
+    """One separable convolution (3x3 in each channel, then 1x1) applied six times, each time with biases and a gain of
+    its own: (B, 1, 28, 28) -> logits (B, 10).
+
+    Applying one separable layer several times is from ruslangrimov/mnist-minimal-model, group normalisation without
+    parameters and SiLU after each from the recurrent filter of arXiv:2609.21032.
+    """
+
+    def __init__(self, channels, narrow):
+        super().__init__()
+        self.stem = nn.Conv2d(1, narrow, 3, padding=1)
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.pointwise = nn.Conv2d(channels, channels, 1, bias=False)
+        self.gain = nn.Parameter(torch.ones(6, 1))
+        self.bias = nn.Parameter(torch.zeros(6, channels))
+        self.classifier = nn.Linear(narrow, 10)
+
+    def forward(self, images):
+        narrow, channels = self.stem.out_channels, self.pointwise.out_channels
+        x = F.silu(F.max_pool2d(self.stem(images), 2))  # -> (B, narrow, 14, 14)
+        x = F.pad(x, [0, 0, 0, 0, 0, channels - narrow])  # -> (B, channels, 14, 14), the others 0
+        x = x.contiguous(memory_format=torch.channels_last)
+        for step, (gain, bias) in enumerate(zip(self.gain, self.bias, strict=True)):
+            if step == 3:
+                x = F.max_pool2d(x, 2)  # -> (B, channels, 7, 7)
+            x = self.pointwise(self.depthwise(x))
+            x = F.silu(F.group_norm(x, 1, gain.expand(channels), bias))
+        return self.classifier(x[:, -narrow:].mean((2, 3)))
+
+
+class FullMatrixAdam(torch.optim.Optimizer):
+    """Adam along the eigenvectors of the second moments of the gradient, of all parameters together; every `period`
+    steps these are estimated again. Memory grows with the square of the number of parameters, time with its cube.
+
+    After SOAP (Vyas et al. 2024, arXiv:2409.11321), which does so for each layer, with Kronecker factors.
+    """
+
+    def __init__(self, params, lr, period, decay, betas=(0.9, 0.999)):
+        super().__init__(params, {"lr": lr, "period": period, "decay": decay, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        group = self.param_groups[0]
+        (beta1, beta2), period, decay = group["betas"], group["period"], group["decay"]
+        gradient = torch.cat([p.grad.flatten() for p in group["params"]])
+        state = self.state[group["params"][0]] or self.start(gradient)
+        state["recent"][state["count"] % period] = gradient
+        state["count"] += 1
+        state["mean"].lerp_(gradient, 1 - beta1)
+        if state["count"] % period == 0:
+            state["moments"].mul_(decay).addmm_(state["recent"].T, state["recent"], alpha=(1 - decay) / period)
+            state["squares"], state["basis"] = torch.linalg.eigh(state["moments"])
+            state["squares"].div_(1 - decay ** (state["count"] // period)).clamp_(min=0)
+        projected, mean = torch.stack([gradient, state["mean"]]) @ state["basis"]
+        state["squares"].lerp_(projected.square(), max(1 - beta2, 1 / state["count"]))
+        mean /= 1 - beta1 ** state["count"]
+        update = state["basis"] @ (mean / (state["squares"].sqrt() + 1e-8))
+        for p, part in zip(group["params"], update.split([p.numel() for p in group["params"]]), strict=True):
+            p.sub_(group["lr"] * part.view_as(p))
+
+    def start(self, gradient):
+        """The state before the first step: until the first estimate, Adam."""
+        group, size = self.param_groups[0], len(gradient)
+        self.state[group["params"][0]] = {
+            "count": 0,
+            "mean": torch.zeros_like(gradient),
+            "squares": torch.zeros_like(gradient),
+            "basis": torch.eye(size, device=gradient.device),
+            "moments": gradient.new_zeros(size, size),
+            "recent": gradient.new_zeros(group["period"], size),
+        }
+        return self.state[group["params"][0]]
+
+
+def train(config, data, seed, **settings):
+    torch.manual_seed(seed)
+    model = SharedCNN(config["channels"], config["narrow"])
+    model.to(data.train.labels.device, memory_format=torch.channels_last)
+    optimizer = FullMatrixAdam(model.parameters(), config["lr"], config["period"], config["decay"])
+    steps = config["epochs"] * math.ceil(len(data.train.labels) / config["batch_size"])
+    return model, common.fit(
+        model,
+        data,
+        optimizer,
+        epochs=config["epochs"],
+        batch_size=config["batch_size"],
+        seed=seed,
+        scheduler=OneCycleLR(optimizer, config["lr"], total_steps=steps, pct_start=0.15, cycle_momentum=False),
+        augment=rotate_and_shift,
+        **settings,
+    )
+
+
+def recorded_results(largest):
+    """Parameters, mean and standard deviation of the test accuracy of each network of Q1 and Q2 with up to `largest`
+    parameters, with its best recipe; from the results files beside the scripts."""
+    found = {}
+    for path in [common.ROOT / "q1_baseline.json", *common.ROOT.glob("q2_variants/*.json")]:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        for run in contents["runs"].values():
+            size, mean = run["parameters"], run["mean"]
+            own = contents["script"].endswith(Path(__file__).name)
+            if not own and contents["data"]["source"] == "MNIST" and size <= largest:
+                found[size] = max(found.get(size, (0, 0)), (mean, run["std"] or 0))
+    return [(size, *accuracy) for size, accuracy in sorted(found.items())]
+
+
+def plot_frontier(results):
+    """Test accuracy by number of parameters: these networks, this project's others, and published ones."""
+    figure = common.new_figure(9, 6)
+    axes = figure.subplots()
+    ours = [(seeds[0].parameters, *common.mean_std(common.test_accuracies(seeds))) for seeds in results.values()]
+    kinds = {"this script, mean and standard deviation": ours, "this project's others": recorded_results(30_000)}
+    for i, (kind, points) in enumerate(kinds.items()):
+        sizes, means, stds = zip(*points, strict=True)
+        marker, color = common.MARKERS[i], common.COLORS[i]
+        axes.errorbar(sizes, means, [std or 0 for std in stds], fmt=marker, capsize=4, color=color, label=kind)
+    for i, kind in enumerate(dict.fromkeys(how for *_, how in PUBLISHED), 2):
+        points = [(size, accuracy) for size, accuracy, how in PUBLISHED if how == kind]
+        style = {"fillstyle": "none", "color": common.COLORS[i], "label": kind}
+        axes.plot(*zip(*points, strict=True), common.MARKERS[i], **style)
+    for size, mean, _ in ours:
+        axes.annotate(f"{size:,}: {mean:.2f} %", (size, mean), (0, 12), textcoords="offset points", ha="center")
+    axes.set(xscale="log", xlabel="parameters", ylabel="test accuracy (%)", ylim=(97.9, 99.6))
+    common.accuracy_axis(axes)
+    axes.grid(True)
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def main(argv=None):
+    args = common.parse_args(__file__, __doc__, RUNS, argv, precision="fp32")
+    data = common.load_data(args)
+    results = common.run_all(train, args, data)
+
+    common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), common.summarize(results), data.name)
+    title = "A separable convolution applied six times: accuracy by number of parameters"
+    common.save_figure(f"{args.stem}_frontier.png", plot_frontier(results), title, data.name)
+    common.report(results, args, data)
+
+
+if __name__ == "__main__":
+    main()
