@@ -71,6 +71,9 @@ def has_native_bf16(device: torch.device) -> bool:
 def write_file(path, content: bytes):
     """Write `path` atomically: after a kill there is the old file or the new one."""
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    for other in temporary.parent.glob(f".{Path(path).name}.*") if sys.platform == "linux" else ():
+        if not Path("/proc", other.suffix[1:]).exists():  # its process was killed
+            other.unlink(missing_ok=True)
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
@@ -262,9 +265,7 @@ def batches(split: Split, size: int, order: torch.Generator, augment=None, shuff
     permutation = torch.randperm(count, generator=order) if shuffle else torch.arange(count)
     for rows in permutation.to(split.labels.device).split(size):  # resident data: a batch is one indexing operation
         images = split.images[rows]
-        if augment:
-            images = augment(images.float())
-        yield normalize(images), split.labels[rows]
+        yield normalize(augment(images.float()) if augment else images), split.labels[rows]
 
 
 # ---- Photos, prepared as the images of MNIST were --------------------------------------------------------------------
@@ -389,18 +390,15 @@ def fit(
         drawn = batches(data.train, batch_size, order, augment and (lambda images: augment(images, noise)), shuffle)
         before = [p.detach().clone() for p in model.parameters()]
         steps = math.ceil(len(data.train.labels) / batch_size)
-        losses, train, history.batch_labels = train_epoch(
-            model, drawn, steps, optimizer, scheduler, precision, progress
-        )
+        outcome = train_epoch(model, drawn, steps, optimizer, scheduler, precision, progress)
+        losses, train, history.batch_labels = outcome
         val = evaluate(model, data.val)
         row = {"epoch": len(history.rows) + 1, "train_loss": train[0], "train_accuracy": train[1]}
         row |= {"val_loss": val[0], "val_accuracy": val[1], "lr": lr, "seconds": time.perf_counter() - started}
         history.rows.append(row)
         history.step_losses += losses
-        pairs = zip(before, [p.detach() for p in model.parameters()], strict=True)
-        history.updates.append(
-            [torch.stack([old.norm(), new.norm(), (new - old).norm()]).tolist() for old, new in pairs]
-        )
+        pairs = zip(before, model.parameters(), strict=True)
+        history.updates.append([torch.stack([a.norm(), b.norm(), (b - a).norm()]).tolist() for a, b in pairs])
         history.diverged = not math.isfinite(train[0])
         if row["epoch"] == max(history.rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))["epoch"]:
             history.best_epoch, best = row["epoch"], copy.deepcopy(model.state_dict())
@@ -617,8 +615,8 @@ def train_run(train, data: Dataset, run: Run, resume: bool, show) -> bytes | str
         return f"{message} ({Path(place.filename).name}, line {place.lineno})"
     scores |= {"val_accuracy": history.val_accuracy, "epochs": len(history.rows), "best_epoch": history.best_epoch}
     scores |= {"seconds": sum(row["seconds"] for row in history.rows), "health": history.health}
-    result = {"parameters": count_parameters(model), "history": asdict(history), "scores": scores}
-    result["test_logits"] = logits
+    result = {"parameters": count_parameters(model), "history": asdict(history)}
+    result |= {"scores": scores, "test_logits": logits}
     write_file(run.path, pack(run.identity, result=result, best=model.state_dict()))
     return pack(run.identity, result=result)
 

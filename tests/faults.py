@@ -1,0 +1,126 @@
+"""Kills scripts at random moments or fills their disk, resumes them, and compares with an undisturbed run.
+
+    python tests/faults.py FAULT N SCRIPT OPTIONS ...
+
+runs a script whose N-th write goes wrong: FAULT is "killed" (in the middle of it), "full" (from there on the disk is
+full) or "none". Prints how many files were written.
+"""
+
+import errno
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import ROOT, assert_identical, start_script
+
+SCRIPTS = {  # one of each kind, made short
+    "q1_baseline.py": "--epochs 2 --limit 200 --seeds 2",
+    "q2_variants/variant4_under_25k.py": "--epochs 2 --limit 200",
+    "q3_tuning.py": "--epochs 1 --limit 60",
+    "q4_break/fail_bad_init.py": "--epochs 2 --limit 200",
+}
+FAULTS = "killed in a write", "disk full", "first process killed", "worker killed"
+
+
+def run_with_fault(fault, number, script, *options):
+    """Run a script in this process; its `number`-th write suffers the fault."""
+    written, write_bytes = 0, Path.write_bytes
+
+    def write_and_count(path, content):
+        nonlocal written
+        written += 1
+        if fault == "killed" and written == int(number):
+            write_bytes(path, content[: len(content) // 2])
+            signal.raise_signal(signal.SIGKILL)
+        if fault == "full" and written >= int(number):
+            write_bytes(path, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(path, content)
+
+    Path.write_bytes = write_and_count
+    sys.argv = [script, *options]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    print("files written:", written)
+
+
+def run(script, options, fault="none", number=0):
+    """A script with one worker, in a process of its own: the finished process."""
+    command = [sys.executable, __file__, fault, str(number), script, "--workers", "1", *options.split()]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def workers_of(process):
+    """The numbers of the worker processes of a script."""
+    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+    children = [child for task in tasks for child in task.read_text().split()]
+    return [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def assert_complete(folder):
+    """No file is half-written."""
+    for path in folder.rglob("[!.]*.*"):
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            json.loads(content)
+        if path.suffix == ".png":
+            assert content.endswith(b"IEND\xaeB`\x82"), path
+        if path.suffix == ".csv":
+            assert content.endswith(b"\n"), path
+        if path.suffix == ".pt":
+            assert b"PK\x05\x06" in content[-100:], path  # the end of a zip file
+
+
+def disturb(script, options, fault, writes, seconds, generator, folder):
+    """Run a script, which wrote `writes` files in `seconds` when undisturbed, with a fault at a random moment."""
+    number = generator.randint(1, writes)
+    if fault == "killed in a write":
+        assert run(script, options, "killed", number).returncode == -signal.SIGKILL
+    elif fault == "disk full":
+        done = run(script, options, "full", number)
+        assert done.returncode == 1 and done.stderr.startswith("cannot write") and done.stderr.count("\n") == 1
+    else:
+        with start_script(script, f"{options} --workers 2", cwd=folder) as process:
+            time.sleep(generator.uniform(0.3, 1) * seconds)
+            pids = [process.pid] if fault == "first process killed" else workers_of(process)
+            for pid in pids[:1]:
+                os.kill(pid, signal.SIGKILL)
+            err = process.communicate()[1]
+        assert process.returncode == 0 or fault == "first process killed", err
+        time.sleep(0.5)  # the workers notice that the first process has ended
+
+
+def inflict(count, data_dir, folder, seed=0):
+    """Inflict `count` faults: {fault: [tries, losses]}, and a line for each loss."""
+    generator, undisturbed, found, lines = random.Random(seed), {}, {}, []
+    for i in range(count):
+        fault, script = FAULTS[i % len(FAULTS)], list(SCRIPTS)[i // len(FAULTS) % len(SCRIPTS)]
+        reference, disturbed, stem = folder / Path(script).stem, folder / str(i), Path(script).stem
+        options = f"{SCRIPTS[script]} --threads 1 --precision fp32 --data-dir {data_dir} --out-dir"
+        if script not in undisturbed:
+            started = time.perf_counter()
+            writes = int(run(script, f"{options} {reference}").stdout.split()[-1])
+            undisturbed[script] = writes, time.perf_counter() - started
+        disturbed.mkdir()
+        found.setdefault(fault, [0, 0])[0] += 1
+        try:
+            disturb(script, f"{options} {disturbed}", fault, *undisturbed[script], generator, disturbed)
+            assert_complete(disturbed)
+            resume = "--resume" if list(disturbed.glob("*_runs/*.pt")) else ""
+            done = run(script, f"{options} {disturbed} {resume}")
+            assert done.returncode == 0, done.stderr
+            assert_identical(reference, disturbed, stem)
+            assert not list(disturbed.rglob(".*"))  # no temporary file is left
+        except AssertionError as error:
+            found[fault][1] += 1
+            lines.append(f"{i}: {script}, {fault}: {error}")
+    return found, lines
+
+
+if __name__ == "__main__":
+    run_with_fault(*sys.argv[1:])
