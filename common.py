@@ -378,7 +378,7 @@ def fit(
 
     order, noise = (torch.Generator(device).manual_seed(seed) for device in ("cpu", data.train.labels.device))
     parts = {"model": model, "optimizer": optimizer, "order": order, "noise": noise, "scheduler": scheduler}
-    identity = {**(identity or {}), "network": repr(model)}
+    identity = {**(identity or {}), "layers": repr(model)}
     history = History(trace={} if trace is None else trace, symmetric=symmetric_layers(model))
     best = copy.deepcopy(model.state_dict())
     if resume and checkpoint.exists():

@@ -1,9 +1,16 @@
-"""Q2, variant 7: 956 parameters reach XX % test accuracy, 2,616 reach XX %.
+"""Q2, variant 7: 996 parameters reach 99.15 % test accuracy, 1,840 reach 99.42 %.
 
-Expect  TODO
-Why     TODO
-Run     python q2_variants/variant7_smallest.py     TODO minutes on two CPU cores
-        python q2_variants/variant7_smallest.py --only "956 parameters"
+Expect  the above. Published were a mean of 98.76 % with 997 parameters and one run of 99.10 % with 1,936.
+Why     One separable convolution is applied six times: depth costs biases only. Its normalisation has no parameters,
+        and a part of its channels is neither made by the first layer nor read by the last. In evaluation mode the
+        network classifies nine shifted images, which gains 0.2 points. So few parameters allow an optimizer that
+        knows how all their gradients vary together: 25 epochs reach the training loss for which Adam needs 60.
+Tried   with 950 parameters, judged by validation, and without gain: residual connections, LeakyReLU, GELU, convolutions
+        that are not separable, dilation, unpadded ones, coordinates as inputs, a gain for each channel, grouped 1x1
+        convolutions, a fixed first layer, distillation from the baseline (0.2 points worse after 8 epochs), stronger
+        or elastic augmentation (0.1 to 0.2 points worse after 20), 50 epochs instead of 25 (98.98 and 98.90 %).
+Run     python q2_variants/variant7_smallest.py     seven minutes on two CPU cores
+        python q2_variants/variant7_smallest.py --only "996 parameters"
 """
 
 import itertools
@@ -163,21 +170,29 @@ def plot_frontier(results):
     figure = common.new_figure(9, 6)
     axes = figure.subplots()
     ours = [(seeds[0].parameters, *common.mean_std(common.test_accuracies(seeds))) for seeds in results.values()]
-    kinds = {"this script, mean and standard deviation": ours, "this project's others": recorded_results(30_000)}
+    kinds = {
+        "this script, mean and standard deviation": ours,
+        "this project's other networks": recorded_results(30_000),
+    }
+    handles = []
     for i, (kind, points) in enumerate(kinds.items()):
         sizes, means, stds = zip(*points, strict=True)
-        marker, color = common.MARKERS[i], common.COLORS[i]
-        axes.errorbar(sizes, means, [std or 0 for std in stds], fmt=marker, capsize=4, color=color, label=kind)
+        style = {"fmt": common.MARKERS[i], "color": common.COLORS[i], "capsize": 4, "label": kind}
+        handles.append(axes.errorbar(sizes, means, [std or 0 for std in stds], **style))
     for i, kind in enumerate(dict.fromkeys(how for *_, how in PUBLISHED), 2):
         points = [(size, accuracy) for size, accuracy, how in PUBLISHED if how == kind]
         style = {"fillstyle": "none", "color": common.COLORS[i], "label": kind}
-        axes.plot(*zip(*points, strict=True), common.MARKERS[i], **style)
+        handles += axes.plot(*zip(*points, strict=True), common.MARKERS[i], **style)
     for size, mean, _ in ours:
-        axes.annotate(f"{size:,}: {mean:.2f} %", (size, mean), (0, 12), textcoords="offset points", ha="center")
-    axes.set(xscale="log", xlabel="parameters", ylabel="test accuracy (%)", ylim=(97.9, 99.6))
+        place = {"xytext": (-10, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+        axes.annotate(f"{size:,}: {mean:.2f} %", (size, mean), color=common.COLORS[0], **place)
+    axes.set(xscale="log", xlabel="parameters", ylabel="test accuracy (%)", xlim=(450, 35_000), ylim=(97.9, 99.6))
+    axes.set_xticks([500, 1_000, 2_000, 5_000, 10_000, 20_000], minor=False)
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.minorticks_off()
     common.accuracy_axis(axes)
     axes.grid(True)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(handles=handles, frameon=False, loc="lower right")
     return figure
 
 
@@ -187,7 +202,7 @@ def main(argv=None):
     results = common.run_all(train, args, data)
 
     common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), common.summarize(results), data.name)
-    title = "A separable convolution applied six times: accuracy by number of parameters"
+    title = f"A separable convolution applied six times. {common.summarize(results)}"
     common.save_figure(f"{args.stem}_frontier.png", plot_frontier(results), title, data.name)
     common.report(results, args, data)
 

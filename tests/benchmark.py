@@ -27,7 +27,8 @@ import torch.nn.functional as F
 
 ENVIRONMENT = dict(os.environ)  # for other processes; conftest limits the threads of tests
 
-from conftest import ROOT, load, write_mnist
+import faults
+from conftest import ROOT, SCRIPTS, load, write_mnist
 
 import common
 import q1_baseline
@@ -175,6 +176,31 @@ def measure_workers(data_dir):
     return {"workers": common.CORES, **found}
 
 
+# ---- The whole assignment, now and before the engine -----------------------------------------------------------------
+BEFORE, LIMIT = "066ac12", 12_000  # the commit before the engine; training images of every run
+
+
+def measure_assignment(data_dir):
+    """Seconds of the default runs of all scripts, shortened to LIMIT images, with the code of BEFORE and with this one,
+    script by script in turns."""
+    found, totals = {}, {"before": 0.0, "now": 0.0}
+    with tempfile.TemporaryDirectory() as folder:
+        before = Path(folder) / "before"
+        git = "git", "-C", ROOT, "worktree"
+        subprocess.run([*git, "add", "--detach", before, BEFORE], check=True, capture_output=True)
+        try:
+            for script in [script for script in SCRIPTS if (before / script).exists()]:
+                found[script] = {}
+                for name, root in (("before", before), ("now", ROOT)):
+                    (out := Path(folder) / f"{name} {Path(script).stem}").mkdir()
+                    seconds, _ = run_script(root / script, out, data_dir, "--limit", LIMIT)
+                    found[script][name] = round(seconds, 1)
+                    totals[name] += seconds
+        finally:
+            subprocess.run([*git, "remove", "--force", before], check=True)
+    return {**found, "ratio of the sums": round(totals["before"] / totals["now"], 2)}
+
+
 # ---- Health checks ---------------------------------------------------------------------------------------------------
 def measure_health(data_dir):
     """Ours and the rules of two other tools on the same trainings: faulty and healthy, calibration and held-out; and
@@ -275,14 +301,25 @@ def measure_photos(data_dir, count=1_000):
     return {"photos": count, **{name: round(common.evaluate(model, split)[1], 2) for name, split in splits.items()}}
 
 
+def measure_faults(_, count=32):
+    """Kills and full disks at random moments of scripts, which are then resumed: tries and losses. A loss is anything
+    that differs from an undisturbed run, a half-written file or a temporary file that is left."""
+    with tempfile.TemporaryDirectory() as folder:
+        found, losses = faults.inflict(count, write_mnist(Path(folder) / "data"), Path(folder))
+    print("\n".join(losses))
+    return {fault: {"tries": tries, "losses": lost} for fault, (tries, lost) in found.items()}
+
+
 def main():
     parts = {
         "training": measure_training,
         "workers": measure_workers,
+        "assignment": measure_assignment,
         "health": measure_health,
         "start": measure_start,
         "synthetic": measure_synthetic,
         "photos": measure_photos,
+        "faults": measure_faults,
     }
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)

@@ -76,8 +76,8 @@ def assert_complete(folder):
             assert b"PK\x05\x06" in content[-100:], path  # the end of a zip file
 
 
-def disturb(script, options, fault, writes, seconds, generator, folder):
-    """Run a script, which wrote `writes` files in `seconds` when undisturbed, with a fault at a random moment."""
+def disturb(script, options, fault, writes, epochs, generator, folder):
+    """Run a script, which undisturbed writes `writes` files and trains `epochs`, with a fault at a random moment."""
     number = generator.randint(1, writes)
     if fault == "killed in a write":
         assert run(script, options, "killed", number).returncode == -signal.SIGKILL
@@ -86,10 +86,12 @@ def disturb(script, options, fault, writes, seconds, generator, folder):
         assert done.returncode == 1 and done.stderr.startswith("cannot write") and done.stderr.count("\n") == 1
     else:
         with start_script(script, f"{options} --workers 2", cwd=folder) as process:
-            time.sleep(generator.uniform(0.3, 1) * seconds)
-            pids = [process.pid] if fault == "first process killed" else workers_of(process)
-            for pid in pids[:1]:
-                os.kill(pid, signal.SIGKILL)
+            lines = (line for line in process.stdout if ": epoch " in line)
+            for _ in range(generator.randint(1, epochs - 2)):
+                next(lines)
+            time.sleep(generator.uniform(0, 0.1))
+            victim = process.pid if fault == "first process killed" else generator.choice(workers_of(process))
+            os.kill(victim, signal.SIGKILL)
             err = process.communicate()[1]
         assert process.returncode == 0 or fault == "first process killed", err
         time.sleep(0.5)  # the workers notice that the first process has ended
@@ -103,9 +105,8 @@ def inflict(count, data_dir, folder, seed=0):
         reference, disturbed, stem = folder / Path(script).stem, folder / str(i), Path(script).stem
         options = f"{SCRIPTS[script]} --threads 1 --precision fp32 --data-dir {data_dir} --out-dir"
         if script not in undisturbed:
-            started = time.perf_counter()
-            writes = int(run(script, f"{options} {reference}").stdout.split()[-1])
-            undisturbed[script] = writes, time.perf_counter() - started
+            out = run(script, f"{options} {reference}").stdout
+            undisturbed[script] = int(out.split()[-1]), out.count(": epoch ")
         disturbed.mkdir()
         found.setdefault(fault, [0, 0])[0] += 1
         try:

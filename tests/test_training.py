@@ -232,7 +232,7 @@ def test_unusable_checkpoint_is_one_line(tiny, tmp_path, harm):
 def test_checkpoint_of_another_network_says_what_differs(tiny, tmp_path):
     options = {"epochs": 1, "checkpoint": tmp_path / "c.pt"}
     train(tiny, **options)
-    with pytest.raises(SystemExit, match=r"^cannot resume: .*: network was Sequential.*p=0.2.*, is .*p=0.1.*$"):
+    with pytest.raises(SystemExit, match=r"^cannot resume: .*: layers was Sequential.*p=0.2.*, is .*p=0.1.*$"):
         train(tiny, resume=True, dropout=0.1, **options)
 
 
