@@ -4,8 +4,8 @@
     python tests/benchmark.py --only training    one of them
 
 The ways to train take turns, and the medians of their ratios are what counts: machines differ and are noisy. Parts
-`workers`, `health`, `synthetic` and `photos` need MNIST in --data-dir, MNIST_DIR or data/, `photos` also a network that
-q1_baseline.py has trained.
+`workers`, `assignment`, `health`, `synthetic` and `photos` need MNIST in --data-dir, MNIST_DIR or data/, `photos` also
+a network that q1_baseline.py has trained.
 Writes benchmark.json and benchmark_digits.png beside itself.
 """
 

@@ -101,8 +101,10 @@ def inflict(count, data_dir, folder, seed=0):
     """Inflict `count` faults: {fault: [tries, losses]}, and a line for each loss."""
     generator, undisturbed, found, lines = random.Random(seed), {}, {}, []
     for i in range(count):
-        fault, script = FAULTS[i % len(FAULTS)], list(SCRIPTS)[i // len(FAULTS) % len(SCRIPTS)]
-        reference, disturbed, stem = folder / Path(script).stem, folder / str(i), Path(script).stem
+        fault = FAULTS[i % len(FAULTS)]
+        script = list(SCRIPTS)[i // len(FAULTS) % len(SCRIPTS)]
+        reference = folder / Path(script).stem
+        disturbed = folder / str(i)
         options = f"{SCRIPTS[script]} --threads 1 --precision fp32 --data-dir {data_dir} --out-dir"
         if script not in undisturbed:
             out = run(script, f"{options} {reference}").stdout
@@ -115,7 +117,7 @@ def inflict(count, data_dir, folder, seed=0):
             resume = "--resume" if list(disturbed.glob("*_runs/*.pt")) else ""
             done = run(script, f"{options} {disturbed} {resume}")
             assert done.returncode == 0, done.stderr
-            assert_identical(reference, disturbed, stem)
+            assert_identical(reference, disturbed, reference.name)
             assert not list(disturbed.rglob(".*"))  # no temporary file is left
         except AssertionError as error:
             found[fault][1] += 1
