@@ -15,7 +15,9 @@ from q2_variants import variant2_batchnorm_gap as variant2
 from q2_variants import variant3_advanced_combo as variant3
 from q2_variants import variant4_under_25k as variant4
 from q2_variants import variant5_under_10k as variant5
+from q2_variants import variant6_fastest as variant6
 from q2_variants import variant7_smallest as variant7
+from q2_variants import variant8_most_accurate as variant8
 
 NETWORKS = {  # parameters of the layers that have any, and their published sum
     baseline_cnn: ([320, 18_496, 401_536, 1_290], 421_642),
@@ -27,6 +29,11 @@ NETWORKS = {  # parameters of the layers that have any, and their published sum
     variant5.mnist_net_1: ([72, 1_152, 2_304, 128, 576, 576, 1_152, 160, 2_500], 8_620),
     variant5.mnist_net_2: ([72, 16, 1152, 32, 128, 1152, 32, 2304, 32, 2304, 32, 160], 7_416),
     variant5.mnist_net_3: ([72, 16, 1152, 32, 128, 16, 864, 24, 1_728, 32, 2_304, 32, 160], 6_560),
+    variant6.published_cnn: ([624, 6_944, 205_056, 2_570], 215_194),
+    variant8.strided_cnn: (
+        [288, 64, 9_216, 64, 25_600, 64, 18_432, 128, 36_864, 128, 102_400, 128, 131_200, 256, 1_290],
+        None,
+    ),
 }
 
 
@@ -58,6 +65,29 @@ def test_shared_layer_is_applied_six_times_to_one_image_at_a_time():
     together = model(images)
     assert calls == [(3, 8, 14, 14)] * 3 + [(3, 8, 7, 7)] * 3
     torch.testing.assert_close(together, torch.cat([model(image[None]) for image in images]))
+
+
+def test_fixed_convolution_over_blocks_is_convolution_and_max_pooling():
+    torch.manual_seed(0)
+    filters, images = torch.randn(6, 1, 5, 5), torch.randn(3, 1, 28, 28)
+    model = variant6.FixedFiltersCNN(filters, 8).eval()
+    found = []
+    model.conv.register_forward_pre_hook(lambda layer, inputs: found.extend(inputs))
+    model(images).sum().backward()
+    expected = nn.functional.max_pool2d(nn.functional.conv2d(images[..., 2:26, 2:26], filters), 2).relu()
+    torch.testing.assert_close(found[0], expected)
+    assert not found[0].requires_grad and all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_patch_filters_are_centres_of_the_patches():
+    """Images of two kinds of stripes have patches of two kinds."""
+    columns = torch.arange(28) % 2 * 255
+    stripes = columns.expand(28, 28).to(torch.uint8)
+    torch.manual_seed(0)
+    filters = variant6.patch_filters(torch.stack([stripes, stripes.T]).repeat(100, 1, 1)[:, None], 4) * 4
+    torch.testing.assert_close(filters.norm(dim=(2, 3)), torch.ones(4, 1))
+    patch = nn.functional.normalize((stripes[:5, :5].float() - stripes[:5, :5].float().mean()).flatten(), dim=0)
+    assert (filters.flatten(1) @ patch).abs().max() > 0.99
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
