@@ -196,7 +196,7 @@ def load_data(args) -> Dataset:
         except ValueError as error:
             sys.exit(f"{error}; delete the file to download it again")
         except OSError as error:
-            advice = "put its files into MNIST/raw there, or give --data-dir"
+            advice = "put its unpacked files into MNIST/raw there, or give --data-dir"
             reason = f"MNIST is not in {args.data_dir} and cannot be downloaded ({error}); {advice}"
             if args.data == "mnist":
                 sys.exit(reason)
@@ -365,6 +365,7 @@ def fit(
     augment=None,  # (images float 0-255 (B, 1, 28, 28), torch.Generator) -> images
     shuffle: bool = True,
     patience: int | None = None,  # epochs without a better one after which training stops
+    keep: str = "best",  # "last": keep the weights of the last epoch; nothing is selected
     precision: str = "fp32",  # "bf16": forward pass under autocast; weights, loss and evaluation stay fp32
     trace: dict[str, list] | None = None,  # lists that the script fills; checkpoints keep them
     checkpoint: Path | None = None,  # a file, written before the first and after every epoch
@@ -400,7 +401,8 @@ def fit(
         pairs = zip(before, model.parameters(), strict=True)
         history.updates.append([torch.stack([a.norm(), b.norm(), (b - a).norm()]).tolist() for a, b in pairs])
         history.diverged = not math.isfinite(train[0])
-        if row["epoch"] == max(history.rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))["epoch"]:
+        best_row = max(history.rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+        if row is best_row or keep == "last":
             history.best_epoch, best = row["epoch"], copy.deepcopy(model.state_dict())
         if checkpoint:
             save_training(checkpoint, identity, parts, history, best)

@@ -24,31 +24,31 @@ import common
 from q1_baseline import draw_images
 from q2_variants.variant4_under_25k import rotate_and_shift
 
-RUNS = {"strided CNN": {"epochs": 30, "batch_size": 128, "lr": 2e-3}}
+RUNS = {"strided CNN": {"epochs": 30, "batch_size": 128, "lr": 3e-3}}
 PUBLISHED = 99.641, 99.757  # mean test accuracy of 1,500 networks, and of ensembles of 15 of them
 
 
 def block(channels_in, channels_out, kernel=3, **settings):
     convolution = nn.Conv2d(channels_in, channels_out, kernel, bias=False, **settings)
-    return convolution, nn.BatchNorm2d(channels_out), nn.ReLU()
+    return convolution, nn.BatchNorm2d(channels_out), nn.SiLU()
 
 
 def strided_cnn():
     """(B, 1, 28, 28) -> logits (B, 10), with 326,122 parameters.
 
-    After Chris Deotte 2018 (kaggle.com/code/cdeotte/25-million-images-0-99757-mnist), with batch normalisation before
-    instead of after the ReLU.
+    After Chris Deotte 2018 (kaggle.com/code/cdeotte/25-million-images-0-99757-mnist); there ReLU comes before each
+    normalisation, here SiLU after it.
     """
     return nn.Sequential(
         *block(1, 32),  # -> (B, 32, 26, 26)
         *block(32, 32),  # -> (B, 32, 24, 24)
         *block(32, 32, 5, stride=2, padding=2),  # -> (B, 32, 12, 12)
-        nn.Dropout(0.3),
+        nn.Dropout(0.4),
         *block(32, 64),  # -> (B, 64, 10, 10)
         *block(64, 64),  # -> (B, 64, 8, 8)
         *block(64, 64, 5, stride=2, padding=2),  # -> (B, 64, 4, 4)
-        nn.Dropout(0.3),
-        *[nn.Flatten(), nn.Linear(1024, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.3)],
+        nn.Dropout(0.4),
+        *[nn.Flatten(), nn.Linear(1024, 128), nn.BatchNorm1d(128), nn.SiLU(), nn.Dropout(0.4)],
         nn.Linear(128, 10),
     )
 
@@ -67,6 +67,7 @@ def train(config, data, seed, **settings):
         seed=seed,
         scheduler=OneCycleLR(optimizer, config["lr"], total_steps=steps, pct_start=0.2),
         augment=rotate_and_shift,
+        keep="last",  # of twenty epochs about as good, the one with the best luck on 5,000 images is not better
         **settings,
     )
 

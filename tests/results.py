@@ -152,8 +152,8 @@ def document():
         targets_table(),
         table(("what", "target", "ours", "reached"), other_targets()),
         "## Faults",
-        "Scripts killed or out of disk space at random moments, then resumed ([faults.py](faults.py)). A loss is anything "
-        "that differs from a run without a fault, a half-written file or a temporary file that is left.",
+        "Scripts killed or out of disk space at random moments, then resumed ([faults.py](faults.py)). A loss is "
+        "anything that differs from a run without a fault, a half-written file or a temporary file that is left.",
         faults_table(),
     ]
     for script, found in RECORDED.items():

@@ -128,6 +128,17 @@ def test_killed_q1_resumes_to_a_bit_identical_end(finished, mnist_folder, tmp_pa
     assert_identical(finished, tmp_path, "q1_baseline")
 
 
+@pytest.mark.slow
+def test_two_copies_started_at_once_leave_what_one_leaves(finished, mnist_folder, tmp_path):
+    arguments = "--epochs 4 --seeds 2 --limit 400 --precision fp32 --threads 1 --workers 1"
+    arguments = f"{arguments} --data-dir {mnist_folder} --out-dir {tmp_path}"
+    for process in [start_script("q1_baseline.py", arguments, cwd=tmp_path) for _ in range(2)]:
+        _, err = process.communicate(timeout=170)
+        assert process.returncode == 0, err
+    assert_identical(finished, tmp_path, "q1_baseline")
+    assert not list(tmp_path.rglob(".*"))
+
+
 def test_synthetic_digits_are_named_in_results_and_output(mnist_folder, tmp_path, monkeypatch, capsys):
     draw, titles = common.draw_digits, []
     monkeypatch.setattr(common, "draw_digits", lambda count, seed: draw(count // 50, seed))
