@@ -446,7 +446,7 @@ def count_parameters(model: nn.Module) -> int:
 def log_line(history: History, epochs: int) -> str:
     """The last epoch as a line of the log."""
     row = history.rows[-1]
-    end = "  DIVERGED" if history.diverged else "  best" if history.best_epoch == row["epoch"] else ""
+    end = "  DIVERGED" if history.diverged else "  kept" if history.best_epoch == row["epoch"] else ""
     texts = [f"{p} loss {row[f'{p}_loss']:.4f} accuracy {row[f'{p}_accuracy']:.2f} %" for p in ("train", "val")]
     return f"epoch {row['epoch']:>2}/{epochs}  {'  '.join(texts)}  lr {row['lr']:.2g}  {row['seconds']:.1f} s{end}"
 

@@ -124,6 +124,17 @@ def test_best_epoch_is_kept_and_patience_ends_the_run(tiny):
     assert common.evaluate(model, tiny.val)[:2] == (row["val_loss"], row["val_accuracy"])
 
 
+def test_last_epoch_can_be_kept_instead(tiny):
+    history, _ = train(tiny, lr=0.01, epochs=60, patience=2)
+    stopped = len(history.rows)
+    assert history.best_epoch < stopped
+    history, weights = train(tiny, lr=0.01, epochs=stopped, keep="last")
+    assert history.best_epoch == stopped and history.val_accuracy == history.rows[-1]["val_accuracy"]
+    model = small_cnn()
+    model.load_state_dict(weights)
+    assert common.evaluate(model, tiny.val)[1] == history.val_accuracy
+
+
 def test_divergence_is_recorded_and_ends_the_run(tiny):
     model = baseline_cnn()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e20)
