@@ -1,13 +1,19 @@
-"""Q2, variant 8: five networks reach AAA % test accuracy on average, and AAA % as an ensemble.
+"""Q2, variant 8: five networks reach 99.69 % test accuracy on average, and 99.76 % as an ensemble.
 
-Expect  the above, after 15 minutes of training for each network on two CPU cores. Published were 99.641 % as the mean of
-        1,500 networks like these, and 99.757 % as an ensemble of 15.
+Expect  the above, after 14 minutes of training on one core for each network. Published was a mean of 99.64 % of 1,500
+        networks of this kind. Fifteen test digits are misclassified by all five; people would dispute most of them.
 Why     Two convolutions of 3x3 see as much as one of 5x5, with fewer parameters and one more nonlinearity; a strided
         convolution learns how to reduce the image, where max-pooling is fixed. Rotated, scaled and shifted images, of
-        which no two epochs show the same, keep 326,000 parameters from overfitting. Networks that differ in their seed
-        err on different digits: the mean of their predictions is better than each.
-Tried   TODO
-Run     python q2_variants/variant8_most_accurate.py --seeds 5     TODO minutes on two CPU cores
+        which no two epochs show the same, keep 326,122 parameters from overfitting. Networks that differ in their seed
+        err on different digits: the mean of their predictions is better than any of them but one.
+Tried   one seed, judged by validation loss and accuracy:
+          elastic deformations, 1 pixel (14 epochs)             0.0126  99.58 %, without them 0.0100  99.76 %
+          rotation 15, shift 2.5, scale and shear (24 epochs)   0.0105  99.66 %, as here      0.0094  99.70 %
+          48 and 96 channels in the same time (15 epochs)       0.0098  99.72 %, 32 and 64    0.0094  99.70 %
+          ReLU                                                  0.0094  99.70 %, SiLU         0.0093  99.72 %
+        The mean of nine shifted images errs on 39 digits of 15,000, the image alone on 44; it costs nine evaluations.
+Run     python q2_variants/variant8_most_accurate.py               one network: nine minutes on two CPU cores
+        python q2_variants/variant8_most_accurate.py --seeds 5     as recorded, with the ensemble: 45 minutes
 """
 
 import math
@@ -25,7 +31,6 @@ from q1_baseline import draw_images
 from q2_variants.variant4_under_25k import rotate_and_shift
 
 RUNS = {"strided CNN": {"epochs": 30, "batch_size": 128, "lr": 3e-3}}
-PUBLISHED = 99.641, 99.757  # mean test accuracy of 1,500 networks, and of ensembles of 15 of them
 
 
 def block(channels_in, channels_out, kernel=3, **settings):
@@ -101,12 +106,14 @@ def main(argv=None):
     common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), common.summarize(results), data.name)
     (seeds,) = results.values()
     errors = list_errors(seeds, data.test.labels.cpu())
-    common.write_csv(f"{args.stem}_errors.csv", errors)
-    wrong = [row for row in errors if row["ensemble"] != row["label"]]
+    if errors:
+        common.write_csv(f"{args.stem}_errors.csv", errors)
     always = [row for row in errors if row["networks_wrong"] == len(seeds)]
-    accuracy = 100 - 100 * len(wrong) / len(data.test.labels)
-    title = f"{len(always)} test digits are misclassified by all {len(seeds)} networks; "
-    title += f"their ensemble reaches {accuracy:.2f} %"
+    title = f"{len(always)} test digits are misclassified"
+    if len(seeds) > 1:
+        wrong = sum(row["ensemble"] != row["label"] for row in errors)
+        accuracy = 100 - 100 * wrong / len(data.test.labels)
+        title += f" by all {len(seeds)} networks; their ensemble reaches {accuracy:.2f} %"
     common.save_figure(f"{args.stem}_errors.png", plot_errors(always, data.test.images), title, data.name)
     print(title)
     common.report(results, args, data)

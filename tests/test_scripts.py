@@ -25,6 +25,7 @@ from conftest import (
 import common
 import q1_baseline
 from q2_variants import variant4_under_25k as variant4
+from q2_variants import variant8_most_accurate as variant8
 from q4_break import fault_gallery
 
 PLOTS = {
@@ -112,6 +113,19 @@ def test_confusions_are_counted_by_true_and_predicted_digit(capsys):
     counts = q1_baseline.count_confusions(logits, labels)
     assert counts[3, 5] == 2 and counts[3, 3] == 1 and counts[9, 9] == 1 and counts.sum() == 5
     assert q1_baseline.most_confused(counts) == [(3, 5, 2), (4, 9, 1)]
+
+
+def test_errors_of_networks_and_of_their_ensemble():
+    logits = torch.zeros(3, 4, 10)
+    labels = torch.tensor([1, 2, 3, 4])
+    for network, predicted in enumerate([[1, 7, 3, 4], [1, 7, 3, 5], [1, 7, 3, 5]]):
+        logits[network, range(4), predicted] = 1.0
+    logits[0, 3, 4] = 100.0  # one network that is sure outweighs two that are not
+    results = [common.Result({}, seed, 0, common.History(), {}, row) for seed, row in enumerate(logits)]
+    assert variant8.list_errors(results, labels) == [
+        {"image": 1, "label": 2, "ensemble": 7, "networks_wrong": 3},
+        {"image": 3, "label": 4, "ensemble": 4, "networks_wrong": 2},
+    ]
 
 
 @pytest.mark.slow
