@@ -43,7 +43,7 @@ TARGETS = [  # what, published accuracy, how it was obtained, target mean, scrip
     ("MnistNet_3", 99.45, TEST, 99.45, "q2_variants/variant5_under_10k.py", "MnistNet_3 improved"),
     ("one epoch", 99.04, "mean of 30 seeds", 99.0, "q2_variants/variant6_fastest.py", "one epoch"),
     ("eight epochs", None, "", 99.4, "q2_variants/variant6_fastest.py", "eight epochs"),
-    ("at most 3,762 parameters", 99.52, TEST, 99.45, "q2_variants/variant7_smallest.py", "1,840 parameters"),
+    ("at most 3,762 parameters", 99.52, TEST, 99.45, "q2_variants/variant7_smallest.py", "2,910 parameters"),
     (
         "at most 2,000 parameters",
         99.10,
@@ -130,8 +130,6 @@ def other_targets():
     for script in ("q1_baseline.py", "q2_variants/variant5_under_10k.py", "q4_break/fail_bad_init.py"):
         ratio = BENCHMARK["workers"][script]["ratio"]
         rows.append((f"{script}, two workers, times as fast as one", 1.3, ratio, ratio >= 1.3))
-    ratio = BENCHMARK["assignment"]["ratio of the sums"]
-    rows.append(("all scripts, times as fast as before the engine", 1.5, ratio, ratio >= 1.5))
     return [(what, target, ours, "yes" if reached else "missed") for what, target, ours, reached in rows]
 
 
