@@ -196,7 +196,7 @@ def test_worker_that_dies_costs_the_run_in_flight(finished, mnist_folder, tmp_pa
 @pytest.mark.parametrize(
     ("trouble", "workers", "words"),
     [
-        ("b die", 2, "its process ended twice, exit code -9"),
+        pytest.param("b die", 2, "its process ended twice, exit code -9", marks=pytest.mark.slow),
         ("b raise", 2, r"RuntimeError: no memory left at all \(engine_script.py, line \d+\)"),
         ("b raise", 1, r"RuntimeError: no memory left at all \(engine_script.py, line \d+\)"),
     ],
