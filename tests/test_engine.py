@@ -149,8 +149,15 @@ def wait_for_line(process, text):
     pytest.fail(f"{text!r} was not printed: {process.stderr.read()}")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("stop", "workers"),
+    [
+        (signal.SIGINT, 1),
+        (signal.SIGKILL, 2),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
 def test_stopped_script_resumes_to_a_bit_identical_end(stop, workers, finished, mnist_folder, tmp_path):
     arguments = arguments_for(mnist_folder, f"--workers {workers} --threads 1")
@@ -192,13 +199,16 @@ def test_worker_that_dies_costs_the_run_in_flight(finished, mnist_folder, tmp_pa
     assert len(set(lines)) == 8 and len(lines) == 10  # both seeds of b were tried twice
 
 
+NO_MEMORY = r"RuntimeError: no memory left at all \(engine_script.py, line \d+\)"
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 @pytest.mark.parametrize(
     ("trouble", "workers", "words"),
     [
+        ("b raise", 1, NO_MEMORY),
+        pytest.param("b raise", 2, NO_MEMORY, marks=pytest.mark.slow),
         pytest.param("b die", 2, "its process ended twice, exit code -9", marks=pytest.mark.slow),
-        ("b raise", 2, r"RuntimeError: no memory left at all \(engine_script.py, line \d+\)"),
-        ("b raise", 1, r"RuntimeError: no memory left at all \(engine_script.py, line \d+\)"),
     ],
 )
 def test_failing_run_is_named_and_the_others_go_on(trouble, workers, words, mnist_folder, tmp_path):
