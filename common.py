@@ -365,7 +365,7 @@ def fit(
     augment=None,  # (images float 0-255 (B, 1, 28, 28), torch.Generator) -> images
     shuffle: bool = True,
     patience: int | None = None,  # epochs without a better one after which training stops
-    keep: str = "best",  # "last": keep the weights of the last epoch; nothing is selected
+    keep_last: bool = False,  # keep the weights of the last epoch, instead of the best
     precision: str = "fp32",  # "bf16": forward pass under autocast; weights, loss and evaluation stay fp32
     trace: dict[str, list] | None = None,  # lists that the script fills; checkpoints keep them
     checkpoint: Path | None = None,  # a file, written before the first and after every epoch
@@ -402,7 +402,7 @@ def fit(
         history.updates.append([torch.stack([a.norm(), b.norm(), (b - a).norm()]).tolist() for a, b in pairs])
         history.diverged = not math.isfinite(train[0])
         best_row = max(history.rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
-        if row is best_row or keep == "last":
+        if row is best_row or keep_last:
             history.best_epoch, best = row["epoch"], copy.deepcopy(model.state_dict())
         if checkpoint:
             save_training(checkpoint, identity, parts, history, best)

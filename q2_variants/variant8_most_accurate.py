@@ -1,17 +1,17 @@
 """Q2, variant 8: five networks reach 99.69 % test accuracy on average, and 99.76 % as an ensemble.
 
 Expect  the above, after 14 minutes of training on one core for each network. Published was a mean of 99.64 % of 1,500
-        networks of this kind. Fifteen test digits are misclassified by all five; people would dispute most of them.
+        networks of this kind. Fifteen test digits are misclassified by all five.
 Why     Two convolutions of 3x3 see as much as one of 5x5, with fewer parameters and one more nonlinearity; a strided
         convolution learns how to reduce the image, where max-pooling is fixed. Rotated, scaled and shifted images, of
         which no two epochs show the same, keep 326,122 parameters from overfitting. Networks that differ in their seed
         err on different digits: the mean of their predictions is better than any of them but one.
-Tried   one seed, judged by validation loss and accuracy:
-          elastic deformations, 1 pixel (14 epochs)             0.0126  99.58 %, without them 0.0100  99.76 %
+Tried   one seed, judged by validation loss and accuracy; the first three with ReLU, dropout 0.3, learning rate 0.002:
+          elastic deformations, 1 pixel (14 epochs)             0.0126  99.56 %, without them 0.0100  99.76 %
           rotation 15, shift 2.5, scale and shear (24 epochs)   0.0105  99.66 %, as here      0.0094  99.70 %
           48 and 96 channels in the same time (15 epochs)       0.0098  99.72 %, 32 and 64    0.0094  99.70 %
-          ReLU                                                  0.0094  99.70 %, SiLU         0.0093  99.72 %
-        The mean of nine shifted images errs on 39 digits of 15,000, the image alone on 44; it costs nine evaluations.
+          SiLU, dropout 0.4, learning rate 0.003 (24 epochs)    0.0093  99.72 %, which is used here
+        Of 15,000 validation digits the mean of nine shifted images misclassifies 39, the image alone 44; not used.
 Run     python q2_variants/variant8_most_accurate.py               one network: nine minutes on two CPU cores
         python q2_variants/variant8_most_accurate.py --seeds 5     as recorded, with the ensemble: 45 minutes
 """
@@ -72,7 +72,7 @@ def train(config, data, seed, **settings):
         seed=seed,
         scheduler=OneCycleLR(optimizer, config["lr"], total_steps=steps, pct_start=0.2),
         augment=rotate_and_shift,
-        keep="last",  # of twenty epochs about as good, the one with the best luck on 5,000 images is not better
+        keep_last=True,  # the late epochs differ by less than the noise of 5,000 images
         **settings,
     )
 

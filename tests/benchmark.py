@@ -192,7 +192,8 @@ def measure_assignment(data_dir):
             for script in [script for script in SCRIPTS if (before / script).exists()]:
                 found[script] = {}
                 for name, root in (("before", before), ("now", ROOT)):
-                    (out := Path(folder) / f"{name} {Path(script).stem}").mkdir()
+                    out = Path(folder) / f"{name} {Path(script).stem}"
+                    out.mkdir()
                     seconds, _ = run_script(root / script, out, data_dir, "--limit", LIMIT)
                     found[script][name] = round(seconds, 1)
                     totals[name] += seconds

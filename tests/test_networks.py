@@ -67,6 +67,15 @@ def test_shared_layer_is_applied_six_times_to_one_image_at_a_time():
     torch.testing.assert_close(together, torch.cat([model(image[None]) for image in images]))
 
 
+def test_smallest_networks_average_nine_shifted_images_in_evaluation():
+    torch.manual_seed(0)
+    model = variant7.SharedCNN(8, 4)
+    image = nn.functional.pad(torch.rand(1, 1, 20, 20), [4] * 4)  # empty at its border, as MNIST's are
+    views = [torchvision.affine(image, 0.0, [x, y], 1.0, [0.0, 0.0]) for x in (-1, 0, 1) for y in (-1, 0, 1)]
+    expected = model(torch.cat(views)).mean(0, keepdim=True)
+    torch.testing.assert_close(model.eval()(image), expected)
+
+
 def test_fixed_convolution_over_blocks_is_convolution_and_max_pooling():
     torch.manual_seed(0)
     filters, images = torch.randn(6, 1, 5, 5), torch.randn(3, 1, 28, 28)

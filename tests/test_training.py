@@ -128,7 +128,7 @@ def test_last_epoch_can_be_kept_instead(tiny):
     history, _ = train(tiny, lr=0.01, epochs=60, patience=2)
     stopped = len(history.rows)
     assert history.best_epoch < stopped
-    history, weights = train(tiny, lr=0.01, epochs=stopped, keep="last")
+    history, weights = train(tiny, lr=0.01, epochs=stopped, keep_last=True)
     assert history.best_epoch == stopped and history.val_accuracy == history.rows[-1]["val_accuracy"]
     model = small_cnn()
     model.load_state_dict(weights)
