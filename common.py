@@ -767,16 +767,17 @@ def accuracy_axis(axes, name="y"):
 
 
 def label_ends(axes, ends: list[tuple]):
-    """Write (x, y, text, colour) of the ends of lines right of all lines, none over another; with a light grid."""
+    """Write (x, y, text, colour) of the ends of lines right of all lines, none over another: they move inwards."""
     axes.grid(True)
     right, free = max((end[0] for end in ends), default=0), -math.inf
-    for height, (_, y, text, color) in sorted((axes.transData.transform(end[:2])[1], end) for end in ends):  # in pixels
+    placed = [(axes.transData.transform(end[:2])[1], end) for end in ends]  # heights in pixels
+    up = 1 if sum(height - axes.bbox.intervaly.mean() for height, _ in placed) < 0 else -1
+    for height, (_, y, text, color) in sorted(placed, reverse=up < 0):
         text = textwrap.fill(text.replace(" ", "\xa0").replace(",\xa0", ", "), 30)  # break after commas
         half = 9 * (1 + text.count("\n"))
-        middle = max(height, free + half)
-        free = middle + half
-        place = {"xytext": (10, middle - height), "textcoords": "offset pixels", "va": "center"}
-        axes.annotate(text, (right, y), color=color, **place)
+        free = max(up * height, free + half) + half
+        offset = 10, up * (free - half) - height
+        axes.annotate(text, (right, y), offset, textcoords="offset pixels", va="center", color=color)
 
 
 def plot_curves(results: dict[str, list[Result]]):
@@ -957,8 +958,7 @@ def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
         for i, text in enumerate(texts):
             chosen = rows[(pick[rows] * len(texts)).long() == i]
             for part in chosen.split(1000):  # which keeps the memory small
-                path = skeleton_path(text)
-                images[part, 0] = draw_skeleton(*path, len(part), generator)
+                images[part, 0] = draw_skeleton(*skeleton_path(text), len(part), generator)
     return images, labels
 
 

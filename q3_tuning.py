@@ -333,7 +333,7 @@ def run_final(base, selected, args, data):
 
 
 def main(argv=None):
-    args = common.parse_args(__file__, __doc__, RUNS, argv, seeds=3, count=len(study_of(PUBLISHED)))
+    args = common.parse_args(__file__, __doc__, RUNS, argv, seeds=2, count=len(study_of(PUBLISHED)))
     data = common.load_data(args)
     base = {key: args.runs["published"][key] for key in PUBLISHED}
 

@@ -49,10 +49,10 @@ class FastDropout(nn.Dropout):
         if not self.training or self.p == 0:
             return x
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        keep = bits.view(torch.int16)[: x.numel()] >= round(self.p * 2**16) - 2**15
+        bits = bits.view(torch.int16)[: x.numel()]
+        keep = torch.ge(bits, round(self.p * 2**16) - 2**15, out=torch.empty_like(bits, dtype=x.dtype))
         batch, channels, height, width = x.shape
-        keep = keep.view(batch, height, width, channels).permute(0, 3, 1, 2)
-        return x * keep.to(x.dtype).div_(1 - self.p)
+        return x * keep.div_(1 - self.p).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def conv(channels_in, channels_out, kernel=3):
