@@ -35,7 +35,7 @@ RUNS = {
     "MnistNet_2": {"epochs": 15, "lr": 0.075, "step": 2, "gamma": 0.65, "augment": ROTATE},
     "MnistNet_3": {"epochs": 15, "lr": 0.05, "step": 4, "gamma": 0.35, "augment": ROTATE},
     "MnistNet_1 improved": {"epochs": 12, "lr": 0.03, "step": None, "gamma": None, "augment": ROTATE_AND_SHIFT},
-    "MnistNet_2 improved": {"epochs": 20, "lr": 0.15, "step": None, "gamma": None, "augment": ROTATE_AND_SHIFT},
+    "MnistNet_2 improved": {"epochs": 15, "lr": 0.15, "step": None, "gamma": None, "augment": ROTATE_AND_SHIFT},
     "MnistNet_3 improved": {"epochs": 20, "lr": 0.15, "step": None, "gamma": None, "augment": ROTATE_AND_SHIFT},
 }
 RUNS = {name: {"network": name.split()[0], "batch_size": 128, **config} for name, config in RUNS.items()}
