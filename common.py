@@ -10,6 +10,7 @@ import copy
 import csv
 import ctypes
 import functools
+import gzip
 import io
 import itertools
 import json
@@ -196,7 +197,7 @@ def load_data(args) -> Dataset:
         except ValueError as error:
             sys.exit(f"{error}; delete the file to download it again")
         except OSError as error:
-            advice = "put its unpacked files into MNIST/raw there, or give --data-dir"
+            advice = "put its four files into MNIST/raw there, or give --data-dir"
             reason = f"MNIST is not in {args.data_dir} and cannot be downloaded ({error}); {advice}"
             if args.data == "mnist":
                 sys.exit(reason)
@@ -218,7 +219,7 @@ def read_mnist(data_dir) -> list[Tensor]:
     """Training images uint8 (N, 1, 28, 28) and labels int64 (N,), then those of the test split. Raises ValueError for a
     corrupt file, OSError if one is missing and cannot be downloaded."""
     raw = Path(data_dir) / "MNIST" / "raw"
-    if missing := [name for name in MNIST_FILES if not (raw / name).exists()]:
+    if missing := [name for name in MNIST_FILES if not any((raw / f"{name}{end}").exists() for end in ("", ".gz"))]:
         download_mnist(raw, missing)
     parts = [read_idx(raw / name, (1, 28, 28) if "images" in name else ()) for name in MNIST_FILES]
     for images, labels, name in zip(parts[::2], parts[1::2], MNIST_FILES[::2], strict=True):
@@ -228,9 +229,17 @@ def read_mnist(data_dir) -> list[Tensor]:
 
 
 def read_idx(path: Path, shape: tuple) -> Tensor:
-    """The items in an IDX file, uint8 (N, *shape). Raises ValueError for a file of another kind or size, which
-    torchvision does not always, and for labels other than 0-9."""
-    content, size = path.read_bytes(), 16 if shape else 8
+    """The items in an IDX file, or in its gzipped version, uint8 (N, *shape). Raises ValueError for a file of another
+    kind or size, which torchvision does not always, and for labels other than 0-9."""
+    if path.exists():
+        content = path.read_bytes()
+    else:
+        path = path.with_name(f"{path.name}.gz")
+        try:
+            content = gzip.decompress(path.read_bytes())
+        except (gzip.BadGzipFile, EOFError, zlib.error):
+            raise ValueError(f"{path} is truncated or not a gzip file") from None
+    size = 16 if shape else 8
     magic, count, *dimensions = [int.from_bytes(content[i : i + 4], "big") for i in range(0, size, 4)]
     if magic != (2051 if shape else 2049) or tuple(dimensions) != shape[1:]:
         raise ValueError(f"{path} is not an MNIST file of its kind")
@@ -266,53 +275,6 @@ def batches(split: Split, size: int, order: torch.Generator, augment=None, shuff
     for rows in permutation.to(split.labels.device).split(size):  # resident data: a batch is one indexing operation
         images = split.images[rows]
         yield normalize(augment(images.float()) if augment else images), split.labels[rows]
-
-
-# ---- Photos, prepared as the images of MNIST were --------------------------------------------------------------------
-def prepare_photo(gray: Tensor) -> tuple[Tensor, int]:
-    """The largest digit of a photo, float (H, W) from 0 to 1, as uint8 (1, 28, 28), and how many others of a third of
-    its size there are. As in MNIST (yann.lecun.com/exdb/mnist) it fills a box of 20 x 20 pixels, its mass centred. Ink
-    may be dark or light, lighting uneven. Raises ValueError if nothing stands out."""
-    size = [max(8, round(n * min(1, 320 / max(gray.shape)))) for n in gray.shape]
-    gray = windows(F.avg_pool2d, F.interpolate(gray[None, None], size, mode="bilinear", antialias=True), 3)
-    if (gray - windows(F.avg_pool2d, gray, max(size) // 3)).pow(3).mean() > 0:  # light ink
-        gray = 1 - gray
-    size = max(size) // 4  # wider than a stroke
-    paper = -windows(F.max_pool2d, -windows(F.max_pool2d, gray, size), size)  # a closing: the strokes are gone
-    ink = windows(F.avg_pool2d, paper, size // 2) - gray
-    ordered = ink.flatten().double().sort().values
-    below, total = torch.arange(1, len(ordered)), ordered.cumsum(0)
-    gaps = (total[-1] - total[:-1]) / (len(ordered) - below) - total[:-1] / below
-    strong = ink > ordered[(below * (len(ordered) - below) * gaps**2).argmax()]  # Otsu 1979
-    if not strong.any() or gaps.max() < 0.08 or strong.float().mean() > 0.5:
-        raise ValueError("no digit stands out from its background")
-    digit, others = largest_part(strong.float(), 1 + size // 10)
-    full = ink[(strong * digit).bool()].median()
-    digit = (((ink - 0.3 * full) / (0.5 * full)).clamp(0, 1) * digit)[0, 0]
-    rows, columns = (digit.sum(axis).nonzero().flatten() for axis in (1, 0))
-    digit = digit[None, None, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    size = [max(1, round(20 * n / max(digit.shape))) for n in digit.shape[2:]]
-    digit = F.interpolate(digit, size, mode="bilinear", antialias=True)[0, 0]
-    centres = [(digit.sum(1 - axis) @ torch.arange(float(n)) / digit.sum()).item() for axis, n in enumerate(size)]
-    top, left = (min(max(round(13.5 - centre), 0), 28 - n) for centre, n in zip(centres, size, strict=True))
-    image = F.pad(digit, (left, 28 - left - size[1], top, 28 - top - size[0]))
-    return (255 * image).round().to(torch.uint8)[None], others
-
-
-def windows(pool, x: Tensor, size: int) -> Tensor:
-    """`pool`, F.avg_pool2d or F.max_pool2d, over windows of about `size` pixels, borders repeated."""
-    x, size = F.pad(x, [size // 2] * 4, mode="replicate"), size // 2 * 2 + 1
-    return pool(pool(x, (size, 1), 1), (1, size), 1)  # rows, then columns: many times faster
-
-
-def largest_part(mask: Tensor, reach: int) -> tuple[Tensor, int]:
-    """The largest connected part of a 0/1 mask (1, 1, H, W), small gaps bridged, and how many others there are."""
-    near = F.max_pool2d(mask, 2 * reach + 1, 1, reach)
-    labels = before = torch.arange(1.0, near.numel() + 1).view_as(near) * near
-    while before is labels or not torch.equal(before, labels):  # the greatest label of each part spreads over it
-        before, labels = labels, F.max_pool2d(labels, 3, 1, 1) * near
-    names, counts = labels[mask > 0].unique(return_counts=True)
-    return (labels == names[counts.argmax()]).float(), int((3 * counts > counts.max()).sum()) - 1
 
 
 # ---- Training and evaluation -----------------------------------------------------------------------------------------

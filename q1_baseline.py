@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import common
 
@@ -168,6 +168,52 @@ def read_photo(path):
     return gray * alpha + paper * (1 - alpha)
 
 
+def prepare_photo(gray: Tensor) -> tuple[Tensor, int]:
+    """The largest digit of a photo, float (H, W) from 0 to 1, as uint8 (1, 28, 28), and how many others of a third of
+    its size there are. As in MNIST (yann.lecun.com/exdb/mnist) it fills a box of 20 x 20 pixels, its mass centred. Ink
+    may be dark or light, lighting uneven. Raises ValueError if nothing stands out."""
+    size = [max(8, round(n * min(1, 320 / max(gray.shape)))) for n in gray.shape]
+    gray = windows(F.avg_pool2d, F.interpolate(gray[None, None], size, mode="bilinear", antialias=True), 3)
+    if (gray - windows(F.avg_pool2d, gray, max(size) // 3)).pow(3).mean() > 0:  # light ink
+        gray = 1 - gray
+    size = max(size) // 4  # wider than a stroke
+    paper = -windows(F.max_pool2d, -windows(F.max_pool2d, gray, size), size)  # a closing: the strokes are gone
+    ink = windows(F.avg_pool2d, paper, size // 2) - gray
+    ordered = ink.flatten().double().sort().values
+    below, total = torch.arange(1, len(ordered)), ordered.cumsum(0)
+    gaps = (total[-1] - total[:-1]) / (len(ordered) - below) - total[:-1] / below
+    strong = ink > ordered[(below * (len(ordered) - below) * gaps**2).argmax()]  # Otsu 1979
+    if not strong.any() or gaps.max() < 0.08 or strong.float().mean() > 0.5:
+        raise ValueError("no digit stands out from its background")
+    digit, others = largest_part(strong.float(), 1 + size // 10)
+    full = ink[(strong * digit).bool()].median()
+    digit = (((ink - 0.3 * full) / (0.5 * full)).clamp(0, 1) * digit)[0, 0]
+    rows, columns = (digit.sum(axis).nonzero().flatten() for axis in (1, 0))
+    digit = digit[None, None, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    size = [max(1, round(20 * n / max(digit.shape))) for n in digit.shape[2:]]
+    digit = F.interpolate(digit, size, mode="bilinear", antialias=True)[0, 0]
+    centres = [(digit.sum(1 - axis) @ torch.arange(float(n)) / digit.sum()).item() for axis, n in enumerate(size)]
+    top, left = (min(max(round(13.5 - centre), 0), 28 - n) for centre, n in zip(centres, size, strict=True))
+    image = F.pad(digit, (left, 28 - left - size[1], top, 28 - top - size[0]))
+    return (255 * image).round().to(torch.uint8)[None], others
+
+
+def windows(pool, x: Tensor, size: int) -> Tensor:
+    """`pool`, F.avg_pool2d or F.max_pool2d, over windows of about `size` pixels, borders repeated."""
+    x, size = F.pad(x, [size // 2] * 4, mode="replicate"), size // 2 * 2 + 1
+    return pool(pool(x, (size, 1), 1), (1, size), 1)  # rows, then columns: many times faster
+
+
+def largest_part(mask: Tensor, reach: int) -> tuple[Tensor, int]:
+    """The largest connected part of a 0/1 mask (1, 1, H, W), small gaps bridged, and how many others there are."""
+    near = F.max_pool2d(mask, 2 * reach + 1, 1, reach)
+    labels = before = torch.arange(1.0, near.numel() + 1).view_as(near) * near
+    while before is labels or not torch.equal(before, labels):  # the greatest label of each part spreads over it
+        before, labels = labels, F.max_pool2d(labels, 3, 1, 1) * near
+    names, counts = labels[mask > 0].unique(return_counts=True)
+    return (labels == names[counts.argmax()]).float(), int((3 * counts > counts.max()).sum()) - 1
+
+
 def best_network(folder):
     """The network with the highest validation accuracy among the checkpoints of finished runs."""
     states = [common.load_checkpoint(path, {}) for path in sorted(folder.glob("*.pt"))]
@@ -201,7 +247,7 @@ def predict(paths, stem):
     for path in paths:
         try:
             photo = read_photo(path)
-            image, others = common.prepare_photo(photo)
+            image, others = prepare_photo(photo)
         except ValueError as error:
             print(f"{path}: {error}", file=sys.stderr)
             continue

@@ -286,7 +286,7 @@ def measure_synthetic(data_dir):
 
 def measure_photos(data_dir, count=1_000):
     """Test accuracy on photos made of MNIST test images, of the best network that q1_baseline.py has left: prepared by
-    `common.prepare_photo`, merely resized to 28x28, and of the images themselves."""
+    `q1_baseline.prepare_photo`, merely resized to 28x28, and of the images themselves."""
 
     from photos import make_photo, resize_naively
 
@@ -296,7 +296,7 @@ def measure_photos(data_dir, count=1_000):
     images = {"images themselves": test.images[chosen], "prepared": [], "resized": []}
     for image in test.images[chosen]:
         photo = q1_baseline.read_photo(io.BytesIO(make_photo(image, generator)))
-        images["prepared"].append(common.prepare_photo(photo)[0])
+        images["prepared"].append(q1_baseline.prepare_photo(photo)[0])
         images["resized"].append(resize_naively(photo))
     splits = {name: common.Split(torch.stack(tuple(x)), test.labels[chosen]) for name, x in images.items()}
     return {"photos": count, **{name: round(common.evaluate(model, split)[1], 2) for name, split in splits.items()}}

@@ -106,7 +106,18 @@ def make_label_ten(path):
     path.write_bytes(path.read_bytes()[:-1] + b"\x0a")
 
 
-DAMAGES = truncate, extend, compress, make_html, make_empty, drop_one
+def compress_and_truncate(path):
+    """Only the gzipped file is left, and that is truncated."""
+    path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes())[:-20])
+    path.unlink()
+
+
+def compress_html(path):
+    make_html(path)
+    path.rename(path.with_name(f"{path.name}.gz"))
+
+
+DAMAGES = truncate, extend, compress, make_html, make_empty, drop_one, compress_and_truncate, compress_html
 CASES = [(damage, name) for name in common.MNIST_FILES for damage in DAMAGES]
 CASES += [(make_label_ten, name) for name in common.MNIST_FILES if "labels" in name]
 
@@ -120,6 +131,14 @@ def test_corrupt_file_is_one_line_that_names_it(damage, name, data, mnist_folder
         load(tmp_path, data)
     line = end.value.code
     assert "\n" not in line and str(tmp_path) in line and name.split("-")[0] in line
+
+
+def test_gzipped_files_are_read_as_they_are(mnist_folder, tmp_path):
+    for path in shutil.copytree(mnist_folder, tmp_path, dirs_exist_ok=True).rglob("*-ubyte"):
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    for part, other in zip(load(tmp_path)[:3], load(mnist_folder)[:3], strict=True):
+        assert torch.equal(part.images, other.images) and torch.equal(part.labels, other.labels)
 
 
 class Quiet(SimpleHTTPRequestHandler):

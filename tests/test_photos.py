@@ -44,7 +44,7 @@ def test_clean_photo_becomes_the_image_that_it_was_made_from(digits, tmp_path):
     for i, image in enumerate(digits[0][:5]):
         for invert in (True, False):
             photo = q1_baseline.read_photo(write_photo(tmp_path / f"{i}.png", image, invert=invert))
-            prepared, others = common.prepare_photo(photo)
+            prepared, others = q1_baseline.prepare_photo(photo)
             assert prepared.shape == (1, 28, 28) and prepared.dtype == torch.uint8 and others == 0
             blurred = [F.avg_pool2d(x[None].float(), 3, 1).flatten() for x in (prepared, image)]
             assert F.cosine_similarity(*blurred, dim=0) > 0.9
@@ -55,7 +55,7 @@ def test_prepared_digit_is_framed_like_mnist(digits):
     place = torch.arange(28.0)
     for image in digits[0][:4]:
         path = make_photo(image, generator)
-        prepared, _ = common.prepare_photo(q1_baseline.read_photo(io.BytesIO(path)))
+        prepared, _ = q1_baseline.prepare_photo(q1_baseline.read_photo(io.BytesIO(path)))
         ink = prepared[0].float()
         assert max((ink.sum(axis) > 0).sum() for axis in (0, 1)) in (19, 20)
         for axis in (0, 1):
@@ -69,7 +69,7 @@ def test_photos_are_classified_where_resizing_fails(trained, digits):
     generator, prepared, naive = torch.Generator().manual_seed(0), [], []
     for image in digits[0]:
         photo = q1_baseline.read_photo(io.BytesIO(make_photo(image, generator)))
-        prepared.append(common.prepare_photo(photo)[0])
+        prepared.append(q1_baseline.prepare_photo(photo)[0])
         naive.append(resize_naively(photo))
     model = q1_baseline.best_network(trained / "q1_baseline_runs")
 
@@ -93,19 +93,19 @@ def test_every_format_gives_the_same_prediction(suffix, trained, digits, tmp_pat
 
 def test_alpha_orientation_and_depth_are_respected(digits, tmp_path):
     image = digits[0][0]
-    expected, _ = common.prepare_photo(q1_baseline.read_photo(write_photo(tmp_path / "plain.png", image)))
+    expected, _ = q1_baseline.prepare_photo(q1_baseline.read_photo(write_photo(tmp_path / "plain.png", image)))
     pixels = F.interpolate(image[None].float(), scale_factor=10)[0, 0].byte().numpy()
     for ink in (0, 255):  # black or white ink on transparent paper
         layers = [np.full_like(pixels, ink)] * 3
         Image.fromarray(np.stack([*layers, pixels], 2), "RGBA").save(tmp_path / "alpha.png")
-        assert torch.equal(common.prepare_photo(q1_baseline.read_photo(tmp_path / "alpha.png"))[0], expected)
+        assert torch.equal(q1_baseline.prepare_photo(q1_baseline.read_photo(tmp_path / "alpha.png"))[0], expected)
     Image.fromarray(65535 - 257 * pixels.astype(np.uint16)).save(tmp_path / "deep.png")
-    assert torch.equal(common.prepare_photo(q1_baseline.read_photo(tmp_path / "deep.png"))[0], expected)
+    assert torch.equal(q1_baseline.prepare_photo(q1_baseline.read_photo(tmp_path / "deep.png"))[0], expected)
     rotated = Image.fromarray(255 - pixels).rotate(90)
     exif = rotated.getexif()
     exif[274] = 6  # to be shown rotated by 90 degrees clockwise
     rotated.save(tmp_path / "rotated.png", exif=exif)
-    assert torch.equal(common.prepare_photo(q1_baseline.read_photo(tmp_path / "rotated.png"))[0], expected)
+    assert torch.equal(q1_baseline.prepare_photo(q1_baseline.read_photo(tmp_path / "rotated.png"))[0], expected)
 
 
 def test_bad_photos_are_one_line_each_and_the_others_are_predicted(trained, digits, tmp_path, capsys):
