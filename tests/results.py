@@ -16,51 +16,23 @@ RECORDED = {found["script"]: found for found in (json.loads(path.read_text(encod
 BENCHMARK = json.loads((ROOT / "tests" / "benchmark.json").read_text(encoding="utf-8"))
 TEST = "one run, best epoch on test"
 TARGETS = [  # what, published accuracy, how it was obtained, target mean, script, run
-    ("baseline, decaying learning rate", 99.35, TEST, 99.25, "q1_baseline.py", "baseline"),
-    ("5x5 and 1x1 kernels", None, "", 98.9, "q2_variants/variant1_kernel_sizes.py", "5x5 and 1x1 kernels"),
-    ("BatchNorm and GAP", None, "", 99.0, "q2_variants/variant2_batchnorm_gap.py", "BatchNorm and GAP"),
-    (
-        "AdvancedComboCNN, published recipe",
-        98.0,
-        "more than",
-        98.7,
-        "q2_variants/variant3_advanced_combo.py",
-        "published recipe",
-    ),
-    ("AdvancedComboCNN, improved recipe", None, "", 99.3, "q2_variants/variant3_advanced_combo.py", "improved recipe"),
-    ("24,488 parameters", 99.26, TEST, 99.26, "q2_variants/variant4_under_25k.py", "narrow-head improved"),
-    (
-        "24,210 parameters, published recipe",
-        98.16,
-        "on training images",
-        98.9,
-        "q2_variants/variant4_under_25k.py",
-        "squeeze",
-    ),
-    ("24,210 parameters, improved recipe", None, "", 98.9, "q2_variants/variant4_under_25k.py", "squeeze improved"),
-    ("MnistNet_1", 98.49, TEST, 98.6, "q2_variants/variant5_under_10k.py", "MnistNet_1 improved"),
-    ("MnistNet_2", 99.39, TEST, 99.39, "q2_variants/variant5_under_10k.py", "MnistNet_2 improved"),
-    ("MnistNet_3", 99.45, TEST, 99.45, "q2_variants/variant5_under_10k.py", "MnistNet_3 improved"),
-    ("one epoch of variant 6", 99.04, "mean of 30 seeds", 99.0, "q2_variants/variant6_fastest.py", "one epoch"),
-    ("eight epochs of variant 6", None, "", 99.4, "q2_variants/variant6_fastest.py", "eight epochs"),
-    ("at most 3,762 parameters", 99.52, TEST, 99.45, "q2_variants/variant7_smallest.py", "2,910 parameters"),
-    (
-        "at most 2,000 parameters",
-        99.10,
-        "one run, last epoch",
-        99.3,
-        "q2_variants/variant7_smallest.py",
-        "1,840 parameters",
-    ),
-    ("at most 1,000 parameters", 98.76, "mean of 223 runs", 99.0, "q2_variants/variant7_smallest.py", "996 parameters"),
-    (
-        "most accurate single network",
-        99.64,
-        "mean of 1,500 runs",
-        99.68,
-        "q2_variants/variant8_most_accurate.py",
-        "strided CNN",
-    ),
+    ("baseline, decaying learning rate", 99.35, TEST, 99.25, "q1_baseline", "baseline"),
+    ("5x5 and 1x1 kernels", None, "", 98.9, "variant1_kernel_sizes", "5x5 and 1x1 kernels"),
+    ("BatchNorm and GAP", None, "", 99.0, "variant2_batchnorm_gap", "BatchNorm and GAP"),
+    ("AdvancedComboCNN, published recipe", 98.0, "more than", 98.7, "variant3_advanced_combo", "published recipe"),
+    ("AdvancedComboCNN, improved recipe", None, "", 99.3, "variant3_advanced_combo", "improved recipe"),
+    ("24,488 parameters", 99.26, TEST, 99.26, "variant4_under_25k", "narrow-head improved"),
+    ("24,210 parameters, published recipe", 98.16, "on training images", 98.9, "variant4_under_25k", "squeeze"),
+    ("24,210 parameters, improved recipe", None, "", 98.9, "variant4_under_25k", "squeeze improved"),
+    ("MnistNet_1", 98.49, TEST, 98.6, "variant5_under_10k", "MnistNet_1 improved"),
+    ("MnistNet_2", 99.39, TEST, 99.39, "variant5_under_10k", "MnistNet_2 improved"),
+    ("MnistNet_3", 99.45, TEST, 99.45, "variant5_under_10k", "MnistNet_3 improved"),
+    ("one epoch of variant 6", 99.04, "mean of 30 seeds", 99.0, "variant6_fastest", "one epoch"),
+    ("eight epochs of variant 6", None, "", 99.4, "variant6_fastest", "eight epochs"),
+    ("at most 3,762 parameters", 99.52, TEST, 99.45, "variant7_smallest", "2,910 parameters"),
+    ("at most 2,000 parameters", 99.1, "one run, last epoch", 99.3, "variant7_smallest", "1,840 parameters"),
+    ("at most 1,000 parameters", 98.76, "mean of 223 runs", 99.0, "variant7_smallest", "996 parameters"),
+    ("most accurate single network", 99.64, "mean of 1,500 runs", 99.68, "variant8_most_accurate", "strided CNN"),
 ]
 
 
@@ -89,9 +61,9 @@ def results_table(found):
 
 
 def targets_table():
-    rows = []
+    stems, rows = {Path(script).stem: found for script, found in RECORDED.items()}, []
     for what, published, how, target, script, name in TARGETS:
-        run = RECORDED[script]["runs"][name]
+        run = stems[script]["runs"][name]
         reached = "yes" if round(run["mean"], 2) >= target else "missed"
         rows.append((what, f"{published} %, {how}" if published else "", f"{target} %", accuracy(run), reached))
     return table(("network", "published", "target", "ours", "reached"), rows)
