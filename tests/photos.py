@@ -1,4 +1,4 @@
-"""Photos made from images of MNIST, to measure `common.prepare_photo`."""
+"""Photos made from images of MNIST, to measure `q1_baseline.prepare_photo`."""
 
 import io
 import math
