@@ -712,6 +712,7 @@ def new_figure(width: float, height: float):
 def save_figure(path: Path | str, figure, title: str, dataset: str):
     """Write a figure as PNG with its title, which names the data set if it is not MNIST."""
     title = title if dataset == "MNIST" else f"[{dataset}] {title}"
+    title = title.replace(" ± ", "\xa0±\xa0").replace(" %", "\xa0%")  # so that no line breaks in an accuracy
     figure.suptitle(textwrap.fill(title, int(8.5 * figure.get_figwidth())), fontweight="bold")
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=110)
     write_file(path, buffer.getvalue())

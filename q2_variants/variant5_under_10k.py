@@ -4,8 +4,10 @@ Expect  98.6 %, 99.4 % and 99.3 % test accuracy of MnistNet_1, 2 and 3 with the 
         99.39 % and 99.45 % were published, of one run each, chosen on the test images; the above with improved ones.
 Why     MnistNet_1 has neither BatchNorm nor augmentation and spends a third of its parameters on the last, 5x5 layer.
         MnistNet_2 has global average pooling instead, BatchNorm after every 3x3 layer, and randomly rotated images;
-        MnistNet_3 has fewer channels in its second block. The improved recipes also shift and scale the images, and
-        raise the learning rate further and lower it to zero (one-cycle).
+        MnistNet_3 has fewer channels in its second block. The improved recipes rotate the images less but also shift
+        and scale them, and raise the learning rate further and lower it to zero (one-cycle).
+Tried   rotations of 7 and 15 degrees in the improved recipe of MnistNet_3: a validation loss of 0.0172 instead of
+        0.0131 after 20 epochs (two seeds), 99.44 % test accuracy.
 Run     python q2_variants/variant5_under_10k.py     a quarter of an hour on two CPU cores
         python q2_variants/variant5_under_10k.py --only MnistNet_3
 """
@@ -29,7 +31,7 @@ PUBLISHED = {"MnistNet_1": 98.49, "MnistNet_2": 99.39, "MnistNet_3": 99.45}  # t
 # step, gamma: epochs after which the learning rate is multiplied by gamma. None: it rises to lr and falls to zero
 # (one-cycle). degrees, shift, scale: of the random augmentation.
 ROTATE = {"degrees": [7, 15], "shift": 0, "scale": 0}  # twice in a row, as published
-ROTATE_AND_SHIFT = {"degrees": [7, 15], "shift": 2, "scale": 0.1}
+ROTATE_AND_SHIFT = {"degrees": [10], "shift": 2, "scale": 0.1}
 RUNS = {
     "MnistNet_1": {"epochs": 15, "lr": 0.01, "step": 15, "gamma": 1.0, "augment": None},
     "MnistNet_2": {"epochs": 15, "lr": 0.075, "step": 2, "gamma": 0.65, "augment": ROTATE},
