@@ -796,7 +796,7 @@ def summarize(results: dict[str, list[Result]]) -> str:
     """The test accuracy of all runs, for a title."""
     texts = [f"{name} {format_accuracy(test_accuracies(seeds))}" for name, seeds in results.items()]
     seeds = len(next(iter(results.values())))
-    return f"Test accuracy: {'; '.join(texts)} ({seeds} seed{'s' if seeds > 1 else ''})"
+    return f"Test accuracy: {'; '.join(texts)} ({seeds}\xa0seed{'s' if seeds > 1 else ''})"
 
 
 def write_csv(path: Path | str, rows: list[dict]):

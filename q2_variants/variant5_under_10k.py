@@ -1,14 +1,14 @@
-"""Q2, variant 5: three published networks with fewer than 10,000 parameters reach 99.1, 99.5 and 99.5 %.
+"""Q2, variant 5: three published networks with fewer than 10,000 parameters reach 99.0, 99.4 and 99.4 %.
 
-Expect  98.6 %, 99.4 % and 99.3 % test accuracy of MnistNet_1, 2 and 3 with the published recipes, for which 98.49 %,
+Expect  98.6 %, 99.3 % and 99.3 % test accuracy of MnistNet_1, 2 and 3 with the published recipes, for which 98.49 %,
         99.39 % and 99.45 % were published, of one run each, chosen on the test images; the above with improved ones.
 Why     MnistNet_1 has neither BatchNorm nor augmentation and spends a third of its parameters on the last, 5x5 layer.
         MnistNet_2 has global average pooling instead, BatchNorm after every 3x3 layer, and randomly rotated images;
         MnistNet_3 has fewer channels in its second block. The improved recipes rotate the images less but also shift
         and scale them, and raise the learning rate further and lower it to zero (one-cycle).
-Tried   rotations of 7 and 15 degrees in the improved recipe of MnistNet_3: a validation loss of 0.0172 instead of
-        0.0131 after 20 epochs (two seeds), 99.44 % test accuracy.
-Run     python q2_variants/variant5_under_10k.py     a quarter of an hour on two CPU cores
+Tried   rotations of 7 and 15 degrees in the improved recipes, too: MnistNet_3 has a validation loss of 0.0177 instead
+        of 0.0154, and the same test accuracy (99.44 and 99.43 %, five seeds each).
+Run     python q2_variants/variant5_under_10k.py     eight minutes on two CPU cores
         python q2_variants/variant5_under_10k.py --only MnistNet_3
 """
 
