@@ -74,7 +74,12 @@ def test_script_leaves_its_log_its_results_and_its_plots(script, mnist_folder, t
 
 
 @pytest.mark.parametrize(
-    "script", ["q1_baseline.py", "q2_variants/variant1_kernel_sizes.py", "q4_break/fail_high_lr.py"]
+    "script",
+    [
+        "q4_break/fail_high_lr.py",
+        pytest.param("q1_baseline.py", marks=pytest.mark.slow),
+        pytest.param("q2_variants/variant1_kernel_sizes.py", marks=pytest.mark.slow),
+    ],
 )
 def test_script_runs_from_another_folder(script, mnist_folder, tmp_path):
     """One of each folder, in a process of its own."""
