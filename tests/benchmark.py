@@ -181,8 +181,8 @@ BEFORE, LIMIT = "066ac12", 3_000  # the commit before the engine; training image
 
 
 def measure_assignment(data_dir):
-    """Seconds of the default runs of the scripts that BEFORE has, too, shortened to LIMIT images, with its code and with
-    this one, script by script in turns."""
+    """Seconds of the default runs of the scripts that BEFORE has, too, shortened to LIMIT images, with its code and
+    with this one, script by script in turns."""
     found, totals = {}, {"before": 0.0, "now": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         before = Path(folder) / "before"
