@@ -7,7 +7,7 @@ Why     Units that start with equal weights get equal gradients and stay equal (
         has a different mask for each hidden unit and so breaks their symmetry; but all channels of a convolution feed
         the same hidden units with the same weights, and nothing breaks theirs.
 Fix     Random weights (He), 98 %; or noise added to the constant.
-Run     python q4_break/fail_bad_init.py     two minutes on two CPU cores
+Run     python q4_break/fail_bad_init.py     a minute on two CPU cores
 """
 
 import math

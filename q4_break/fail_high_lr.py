@@ -7,7 +7,7 @@ Why     Adam's step is as long as its learning rate, whatever the gradient. At 0
         with the weights, until the loss overflows.
 Fix     BatchNorm, which normalises the inputs of each ReLU: 97.5 % with Adam at 0.1. Gradient clipping, which bounds
         the step: 97.9 % with SGD at 1000.
-Run     python q4_break/fail_high_lr.py     two minutes on two CPU cores
+Run     python q4_break/fail_high_lr.py     a minute on two CPU cores
 """
 
 import math
@@ -129,7 +129,8 @@ def plot_steps(results):
         ends = []
         for i, (label, seeds) in enumerate(results.items()):
             history = seeds[0].history
-            steps = [step for step in history.trace["step"] if step <= len(history.step_losses)]
+            finite = sum(map(math.isfinite, history.step_losses))  # a loss that overflowed stays so
+            steps = [step for step in history.trace["step"] if step <= finite]
             losses = [history.step_losses[step - 1] for step in steps]
             values = losses if name == "loss" else history.trace[name][: len(steps)]
             axes.plot(steps, values, color=common.COLORS[i], lw=1.5)
