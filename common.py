@@ -122,7 +122,8 @@ def parse_args(script, doc, runs, argv=None, *, seeds=1, count=None, options=Non
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     for option in ("epochs", "batch_size", "lr", "seed", "seeds", "workers", "threads", "limit"):
-        value, least = getattr(args, option), {"seed": 0, "lr": 1e-9}.get(option, 1)
+        value = getattr(args, option)
+        least = {"seed": 0, "lr": 1e-9}.get(option, 1)
         if value is not None and not least <= value < math.inf:
             parser.error(f"--{option.replace('_', '-')} {value}: not a number from {least} on")
     if args.seed is not None and args.seeds is not None:
@@ -349,23 +350,26 @@ def fit(
     elif checkpoint:
         save_training(checkpoint, identity, parts, history, best)
     while not history.diverged and len(history.rows) < min(epochs, history.best_epoch + (patience or epochs)):
-        started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
+        started = time.perf_counter()
+        lr = optimizer.param_groups[0]["lr"]
         drawn = batches(data.train, batch_size, order, augment and (lambda images: augment(images, noise)), shuffle)
         before = [p.detach().clone() for p in model.parameters()]
         steps = math.ceil(len(data.train.labels) / batch_size)
-        outcome = train_epoch(model, drawn, steps, optimizer, scheduler, precision, progress)
-        losses, train, history.batch_labels = outcome
+        losses, train, labels = train_epoch(model, drawn, steps, optimizer, scheduler, precision, progress)
         val = evaluate(model, data.val)
-        row = {"epoch": len(history.rows) + 1, "train_loss": train[0], "train_accuracy": train[1]}
-        row |= {"val_loss": val[0], "val_accuracy": val[1], "lr": lr, "seconds": time.perf_counter() - started}
+        epoch = len(history.rows) + 1
+        seconds = time.perf_counter() - started
+        row = {"epoch": epoch, **train, "val_loss": val[0], "val_accuracy": val[1], "lr": lr, "seconds": seconds}
         history.rows.append(row)
         history.step_losses += losses
+        history.batch_labels = labels
         pairs = zip(before, model.parameters(), strict=True)
         history.updates.append([torch.stack([a.norm(), b.norm(), (b - a).norm()]).tolist() for a, b in pairs])
-        history.diverged = not math.isfinite(train[0])
+        history.diverged = not math.isfinite(row["train_loss"])
         best_row = max(history.rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
         if row is best_row or keep_last:
-            history.best_epoch, best = row["epoch"], copy.deepcopy(model.state_dict())
+            history.best_epoch = epoch
+            best = copy.deepcopy(model.state_dict())
         if checkpoint:
             save_training(checkpoint, identity, parts, history, best)
         progress(0, log_line(history, epochs))
@@ -375,9 +379,10 @@ def fit(
 
 
 def train_epoch(model, batches, steps, optimizer, scheduler, precision, progress):
-    """Train on `batches`, `steps` of them, or until the mean loss is not finite. Returns the loss of each step, loss
-    and accuracy of the epoch, and the labels of its last batch."""
-    losses, total, correct, seen, shown = [], 0, 0, 0, 0
+    """Train on `batches`, `steps` of them, or until the mean loss is not finite. Returns the loss of each step, the
+    epoch's loss and accuracy for the log, and the labels of its last batch."""
+    losses = []
+    total = correct = seen = shown = 0
     model.train()
     for step, (images, labels) in enumerate(batches, 1):
         with torch.autocast(images.device.type, torch.bfloat16, precision == "bf16"):
@@ -397,7 +402,8 @@ def train_epoch(model, batches, steps, optimizer, scheduler, precision, progress
             shown = seen
             if not math.isfinite(total.item()):
                 break
-    return torch.stack(losses).tolist(), (total.item() / seen, 100 * correct.item() / seen), labels.tolist()
+    row = {"train_loss": total.item() / seen, "train_accuracy": 100 * correct.item() / seen}
+    return torch.stack(losses).tolist(), row, labels.tolist()
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -497,17 +503,20 @@ def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> 
     environment = {"data": 0, "device": args.device.type, "threads": args.threads, "precision": args.precision}
     for tensor in itertools.chain(*data[:3]):
         environment["data"] = zlib.crc32(tensor.cpu().contiguous().numpy(), environment["data"])
-    folder, configs, runs = Path(f"{args.stem}_runs"), args.runs if configs is None else configs, []
+    folder = Path(f"{args.stem}_runs")
+    configs = args.runs if configs is None else configs
     work = train, data, environment, str(folder)
     if RANK:
         serve(f"rank {RANK}", "unknown", None, *work)  # until the first rank ends
+    runs = []
     for seed, name in itertools.product(seeds or args.seeds, configs):
         config = json.loads(json.dumps(configs[name]))  # as another machine gets it: tuples become lists
         identity = {"run": name, "seed": seed, **config, **environment, "test": test}
         runs.append(Run(name, config, seed, identity, str(folder)))
     if args.resume and not any(folder.glob("*.pt")):
         sys.exit(f"cannot resume: there is nothing in {folder}; run without --resume")
-    resume, results = args.resume or (TORCHRUN and torchrun_store()[1] > 1), {}
+    resume = args.resume or (TORCHRUN and torchrun_store()[1] > 1)
+    results = {}
     for run in runs:
         if not resume:
             run.path.unlink(missing_ok=True)  # what an older start has left
@@ -533,7 +542,8 @@ def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> 
 
 def train_runs(work, args, runs: list[Run], resume: bool, results: dict) -> list[str]:
     """Train `runs`, with one progress bar; adds to `results`, by run, and returns lines of what failed."""
-    failures, (train, data, *_) = [], work
+    train, data, *_ = work
+    failures = []
     sizes = {str(run): run.config["epochs"] * len(data.train.labels[: run.config.get("images")]) for run in runs}
     with tqdm(total=sum(sizes.values()), unit=" images", unit_scale=True, disable=None, leave=False) as bar:
 
@@ -564,23 +574,36 @@ def train_run(train, data: Dataset, run: Run, resume: bool, show) -> bytes | str
     """Train and score a run. Returns its packed result, which its checkpoint holds too, or what failed, in a line."""
     setup(run.identity["threads"])
     data = data._replace(train=first(data.train, run.config.get("images")))
-    settings = {"precision": run.identity["precision"], "checkpoint": run.path, "identity": run.identity}
-    settings |= {"resume": resume, "progress": lambda images, line: show(images, line and f"{run}: {line}")}
+    settings = {
+        "precision": run.identity["precision"],
+        "checkpoint": run.path,
+        "identity": run.identity,
+        "resume": resume,
+        "progress": lambda images, line: show(images, line and f"{run}: {line}"),
+    }
     try:
         run.path.parent.mkdir(exist_ok=True)
         model, history = train(run.config, data._replace(test=None), run.seed, **settings)
-        scores, logits = {"seed": run.seed}, None
+        tested, logits = {}, None
         if run.identity["test"]:
-            scores["test_loss"], scores["test_accuracy"], logits = evaluate(model, data.test)
-            scores["train_accuracy"], logits = evaluate(model, data.train)[1], logits.cpu()
+            loss, accuracy, logits = evaluate(model, data.test)
+            tested = {"test_loss": loss, "test_accuracy": accuracy, "train_accuracy": evaluate(model, data.train)[1]}
+            logits = logits.cpu()
     except Exception as error:  # of the script or of torch; the other runs go on
         place = traceback.extract_tb(error.__traceback__)[-1]
         message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return f"{message} ({Path(place.filename).name}, line {place.lineno})"
-    scores |= {"val_accuracy": history.val_accuracy, "epochs": len(history.rows), "best_epoch": history.best_epoch}
-    scores |= {"seconds": sum(row["seconds"] for row in history.rows), "health": history.health}
-    result = {"parameters": count_parameters(model), "history": asdict(history)}
-    result |= {"scores": scores, "test_logits": logits}
+    scores = {
+        "seed": run.seed,
+        **tested,
+        "val_accuracy": history.val_accuracy,
+        "epochs": len(history.rows),
+        "best_epoch": history.best_epoch,
+        "seconds": sum(row["seconds"] for row in history.rows),
+        "health": history.health,
+    }
+    size = count_parameters(model)
+    result = {"parameters": size, "history": asdict(history), "scores": scores, "test_logits": logits}
     write_file(run.path, pack(run.identity, result=result, best=model.state_dict()))
     return pack(run.identity, result=result)
 
@@ -619,9 +642,12 @@ def train_apart(work, args, runs: list[Run], resume: bool, show):
     store = torchrun_store()[0] if TORCHRUN else TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     for tensor in itertools.chain(*work[1][:3]):
         tensor.share_memory_()  # the processes map it instead of copying it
-    context, processes, left = torch.multiprocessing.get_context("spawn"), {}, list(runs)
+    context = torch.multiprocessing.get_context("spawn")
+    processes = {}
+    left = list(runs)
     slots = ["rank 0"] if TORCHRUN else [f"worker {i}" for i in range(min(args.workers, len(runs)))]
-    images, lines = store.add("images", 0), store.add("lines", 0)
+    images = store.add("images", 0)
+    lines = store.add("lines", 0)
     store.set("list", json.dumps([(*run[:4], resume) for run in runs]))
     try:
         while left:
@@ -633,7 +659,8 @@ def train_apart(work, args, runs: list[Run], resume: bool, show):
                     sys.exit(f"worker processes end at their start, exit code {code}; --workers 1 needs none")
                 processes[slot] = context.Process(target=serve, args=(slot, code, store.port, *work), daemon=True)
                 processes[slot].start()
-            images, before = store.add("images", 0), images
+            before = images
+            images = store.add("images", 0)
             show(images - before)
             while store.check([f"line {lines + 1}"]):
                 lines += 1
@@ -723,18 +750,19 @@ def accuracy_axis(axes, name="y"):
     scale = lambda accuracy: -np.log(np.maximum(100.02 - accuracy, 0.01))
     getattr(axes, f"set_{name}scale")("function", functions=(scale, lambda y: 100.02 - np.exp(-y)))
     low, high = getattr(axes, f"get_{name}lim")()
-    few, many = [0, 50, 80, 90, 95, 97, 98, 99, 99.5, 99.8, 100], [*range(91, 99), *np.arange(99, 100, 0.1)]
+    ticks = np.arange(99, 100, 0.1) if low > 98 else [0, 50, 80, 90, 95, 97, 98, 99, 99.5, 99.8, 100]
     axis = getattr(axes, f"{name}axis")
-    axis.set_ticks([tick for tick in (many if low > 98 else few) if low <= tick <= high], minor=False)
+    axis.set_ticks([tick for tick in ticks if low <= tick <= high], minor=False)
     axis.set_major_formatter("{x:g}")
 
 
 def label_ends(axes, ends: list[tuple]):
     """Write (x, y, text, colour) of the ends of lines right of all lines, none over another: they move inwards."""
     axes.grid(True)
-    right, free = max((end[0] for end in ends), default=0), -math.inf
+    right = max((end[0] for end in ends), default=0)
     placed = [(axes.transData.transform(end[:2])[1], end) for end in ends]  # heights in pixels
     up = 1 if sum(height - axes.bbox.intervaly.mean() for height, _ in placed) < 0 else -1
+    free = -math.inf
     for height, (_, y, text, color) in sorted(placed, reverse=up < 0):
         text = textwrap.fill(text.replace(" ", "\xa0").replace(",\xa0", ", "), 30)  # break after commas
         half = 9 * (1 + text.count("\n"))
@@ -746,7 +774,8 @@ def label_ends(axes, ends: list[tuple]):
 def plot_curves(results: dict[str, list[Result]]):
     """Loss and accuracy by epoch: the mean over the seeds that are still training, in the band from the least to the
     greatest. A single run has a colour each for training and validation; several have one each."""
-    figure, single = new_figure(12, 5), len(results) == 1
+    figure = new_figure(12, 5)
+    single = len(results) == 1
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         axes.set_yscale("linear" if quantity == "accuracy" else "log")
         ends = []
@@ -755,7 +784,8 @@ def plot_curves(results: dict[str, list[Result]]):
             style = "-" if single or part == "val" else "--"
             lines = [[row[f"{part}_{quantity}"] for row in seed.history.rows] for seed in seeds]
             columns = [[y for y in column if y is not None] for column in itertools.zip_longest(*lines)]
-            epochs, means = range(1, len(columns) + 1), [statistics.fmean(column) for column in columns]
+            epochs = range(1, len(columns) + 1)
+            means = [statistics.fmean(column) for column in columns]
             axes.plot(epochs, means, style, color=color, lw=2)
             axes.fill_between(epochs, [*map(min, columns)], [*map(max, columns)], color=color, alpha=0.15, lw=0)
             if part == "val":
@@ -833,18 +863,20 @@ def report(results: dict[str, list[Result]], args, data: Dataset, expected_to_di
     """Write <stem>.csv and <stem>.json and print the table of results. A run that diverged, unless it is expected to,
     ends the program with exit code 1 after all is written."""
     write_log(f"{args.stem}.csv", results)
-    runs, diverged, width = {}, [], max(map(len, results))
+    runs, diverged = {}, []
+    width = max(map(len, results))
     print(f"\n{data.name}, {len(args.seeds)} seed(s)\n{'run':<{width}}  parameters   test accuracy     health")
     for name, seeds in results.items():
-        accuracies, first_seed = test_accuracies(seeds), seeds[0]
+        accuracies = test_accuracies(seeds)
         mean, std = mean_std(accuracies)
-        runs[name] = {"parameters": first_seed.parameters, "config": first_seed.config}
-        runs[name] |= {"seeds": [seed.scores for seed in seeds], "mean": mean, "std": std}
+        size, config = seeds[0].parameters, seeds[0].config
+        scores = [seed.scores for seed in seeds]
+        runs[name] = {"parameters": size, "config": config, "seeds": scores, "mean": mean, "std": std}
         if name not in expected_to_diverge and any(seed.history.diverged for seed in seeds):
             diverged.append(name)
         counts = Counter(alarm for seed in seeds for alarm in alarm_names(seed.history.health[:1]))  # the diagnosis
         alarms = ", ".join(f"{alarm} ({count}x)" for alarm, count in counts.items()) or "no alarm"
-        print(f"{name:<{width}}{first_seed.parameters:>12,}   {format_accuracy(accuracies):<18}{alarms}")
+        print(f"{name:<{width}}{size:>12,}   {format_accuracy(accuracies):<18}{alarms}")
     print(f"log, results and plots: {args.stem}*")
     sizes = {name: len(getattr(data, name).labels) for name in ("train", "val", "test")}
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
@@ -859,7 +891,8 @@ def health_claims(intended: dict[str, str], results: dict[str, list[Result]]) ->
     """For `check_claims`: `intended` names the alarm that every run of a name sets off; all others set off none."""
     claims = []
     for name, seed in [(name, seed) for name, seeds in results.items() for seed in seeds]:
-        wanted, found = intended.get(name), alarm_names(seed.history.health)
+        wanted = intended.get(name)
+        found = alarm_names(seed.history.health)
         claims.append((f"{name}, seed {seed.seed}: {wanted or 'no alarm'}", wanted in found if wanted else not found))
     return claims
 
@@ -917,9 +950,10 @@ def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     pick = torch.rand(count, generator=generator)
     images = torch.empty(count, 1, 28, 28, dtype=torch.uint8)
     for digit, texts in SKELETONS.items():
-        texts, rows = texts.split(), (labels == digit).nonzero().flatten()
-        for i, text in enumerate(texts):
-            chosen = rows[(pick[rows] * len(texts)).long() == i]
+        skeletons = texts.split()
+        rows = (labels == digit).nonzero().flatten()
+        for i, text in enumerate(skeletons):
+            chosen = rows[(pick[rows] * len(skeletons)).long() == i]
             for part in chosen.split(1000):  # which keeps the memory small
                 images[part, 0] = draw_skeleton(*skeleton_path(text), len(part), generator)
     return images, labels
@@ -943,7 +977,8 @@ def draw_skeleton(points: Tensor, path: Tensor, count: int, generator) -> Tensor
     angle = normal(1, std=0.15)
     x, y = angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y
 
-    pen, radius = torch.stack([x, y], 2), normal(1, std=0.35, mean=0.15).exp()
+    pen = torch.stack([x, y], 2)
+    radius = normal(1, std=0.35, mean=0.15).exp()
     extent = (pen.amax(1) - pen.amin(1)).amax(1, keepdim=True)
     pen = pen * ((20 - 2 * radius) / extent).unsqueeze(2)
     length = (pen.roll(-1, 1) - pen).norm(dim=2)
@@ -953,7 +988,8 @@ def draw_skeleton(points: Tensor, path: Tensor, count: int, generator) -> Tensor
 
     # Ink by the distance to the path. The sum of exp(-d^2 / 2 s^2) along the path is dominated by its nearest point, so
     # its logarithm gives the distance; the Gaussian separates into columns and rows: the sum is a matrix product.
-    s, pixel = 0.7, torch.arange(28.0)
+    s = 0.7
+    pixel = torch.arange(28.0)
     columns, rows = (torch.exp(-(((pixel - pen[:, :, i, None]) / s) ** 2) / 2) for i in (0, 1))
     share = (length / (s * math.sqrt(2 * math.pi))).unsqueeze(2)
     density = rows.transpose(1, 2) @ (columns * share)

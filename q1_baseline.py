@@ -200,8 +200,9 @@ def prepare_photo(gray: Tensor) -> tuple[Tensor, int]:
 
 def windows(pool, x: Tensor, size: int) -> Tensor:
     """`pool`, F.avg_pool2d or F.max_pool2d, over windows of about `size` pixels, borders repeated."""
-    x, size = F.pad(x, [size // 2] * 4, mode="replicate"), size // 2 * 2 + 1
-    return pool(pool(x, (size, 1), 1), (1, size), 1)  # rows, then columns: many times faster
+    reach = size // 2
+    x = F.pad(x, [reach] * 4, mode="replicate")
+    return pool(pool(x, (2 * reach + 1, 1), 1), (1, 2 * reach + 1), 1)  # rows, then columns: many times faster
 
 
 def largest_part(mask: Tensor, reach: int) -> tuple[Tensor, int]:
@@ -243,7 +244,8 @@ def plot_predictions(shown):
 
 def predict(paths, stem):
     """Print and plot what the best network predicts for photos; exit code 1 if one cannot be read."""
-    model, shown = best_network(Path(f"{stem}_runs")), []
+    model = best_network(Path(f"{stem}_runs"))
+    shown = []
     for path in paths:
         try:
             photo = read_photo(path)

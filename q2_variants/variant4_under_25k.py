@@ -106,7 +106,8 @@ def train(config, data, seed, **settings):
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
     steps = math.ceil(len(data.train.labels) / config["batch_size"])
     if config["step"]:
-        scheduler, augment = StepLR(optimizer, config["step"] * steps), rotate_or_crop
+        scheduler = StepLR(optimizer, config["step"] * steps)
+        augment = rotate_or_crop
     else:
         scheduler = OneCycleLR(optimizer, config["lr"], total_steps=config["epochs"] * steps)
         augment = rotate_and_shift

@@ -140,9 +140,10 @@ def plot_sizes(results):
     axes = figure.subplots()
     labelled = next(iter(results)).split()[0]  # one network's labels serve all
     for name, seeds in results.items():
-        network, i = seeds[0].config["network"], int(name.endswith("improved"))
+        network, size = seeds[0].config["network"], seeds[0].parameters
         mean, std = common.mean_std(common.test_accuracies(seeds))
-        size, color = seeds[0].parameters, common.COLORS[i]
+        i = int(name.endswith("improved"))
+        color = common.COLORS[i]
         axes.errorbar(size, mean, std, capsize=4, color=color, marker=common.MARKERS[i])
         texts = [("improved recipe, ours" if i else "published recipe, ours", mean, color)]
         if not i:

@@ -185,10 +185,10 @@ def main(argv=None):
         print(f"{text}, worst {min(accuracies):.2f} %")
     title = common.summarize(results)
     if len(results) == len(RUNS):
-        fast, published = results["one epoch"], median_seconds(results["published"])
-        accuracy = common.format_accuracy(common.test_accuracies(fast))
-        title = f"{median_seconds(fast):.2f} s of training reach {accuracy} test accuracy; "
-        title += f"the published recipe, in fp32, takes {published / median_seconds(fast):.1f} times as long"
+        fast, published = (median_seconds(results[name]) for name in ("one epoch", "published"))
+        accuracy = common.format_accuracy(common.test_accuracies(results["one epoch"]))
+        title = f"{fast:.2f} s of training reach {accuracy} test accuracy; "
+        title += f"the published recipe, in fp32, takes {published / fast:.1f} times as long"
         print(title)
     common.save_figure(f"{args.stem}_times.png", plot_times(results), title, data.name)
     common.report(results, args, data)

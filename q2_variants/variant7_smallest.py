@@ -122,7 +122,8 @@ class FullMatrixAdam(torch.optim.Optimizer):
 
     def start(self, gradient):
         """The state before the first step: until the first estimate, Adam."""
-        group, size = self.param_groups[0], len(gradient)
+        group = self.param_groups[0]
+        size = len(gradient)
         self.state[group["params"][0]] = {
             "count": 0,
             "mean": torch.zeros_like(gradient),

@@ -109,7 +109,8 @@ def plot_filters(results):
 
 def check_findings(results):
     accuracy = {name: common.test_accuracies(seeds) for name, seeds in results.items()}
-    chance, zero = math.log(10), results["zero"]
+    chance = math.log(10)
+    zero = results["zero"]
     predicted = [len(seed.test_logits.argmax(1).unique()) for seed in zero]
     loss = max(seed.history.rows[-1]["train_loss"] for seed in zero)
     start = max(seed.history.step_losses[0] for seed in results["control"])

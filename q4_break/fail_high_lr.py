@@ -90,8 +90,9 @@ def dead_shares(model, images):
 def watch_steps(model, optimizer, images, trace):
     """Record in `trace`, at every step at first and later at every twentieth, the norm of the gradient, the length of
     the update by the length of the weights, and the share of dead ReLUs."""
-    weights, before = list(layer_weights(model).values()), []
-    trace |= {"steps": [0], "step": [], "gradient norm": [], "update / weights": [], "dead ReLUs (%)": []}
+    weights = list(layer_weights(model).values())
+    before = []
+    trace.update({"steps": [0], "step": [], "gradient norm": [], "update / weights": [], "dead ReLUs (%)": []})
 
     def norm(tensors):
         return torch.stack([t.norm() for t in tensors]).norm().item()

@@ -78,7 +78,7 @@ def check_health(
     sample = common.Split(*(tensor[order] for tensor in data.train))
     found = {**check_data(sample, data.val, history, classes), **check_course(model, history, classes, optimizer)}
     if not history.diverged:
-        found |= check_network(model, history, common.first(sample, PROBE), classes)
+        found.update(check_network(model, history, common.first(sample, PROBE), classes))
     names = [name for name in ALARMS if found.get(name)]
     return [f"{name} ({', '.join(found[name])})" if isinstance(found[name], list) else name for name in names]
 
@@ -86,7 +86,8 @@ def check_health(
 def check_data(sample: common.Split, val: common.Split, history: common.History, classes: int) -> dict:
     """Faults of images and labels, found without the network: how many labels agree with the nearest neighbour's."""
     size = min(PROBE, len(sample.labels) // 2)
-    pixels, accuracies = sample.images[size:].flatten(1).float(), []
+    pixels = sample.images[size:].flatten(1).float()
+    accuracies = []
     for split in (common.first(sample, size), common.first(val, PROBE)):
         nearest = size + torch.cdist(split.images.flatten(1).float(), pixels).argmin(1)
         accuracies.append((sample.labels[nearest] == split.labels).float().mean().item() if size >= 100 else 1)
@@ -104,7 +105,8 @@ def check_course(model: nn.Module, history: common.History, classes: int, optimi
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     losses = torch.tensor(history.step_losses)
     means = torch.stack([losses[0], *(part.mean() for part in losses.tensor_split(WINDOWS) if len(part))])
-    names, updates = [name for name, _ in model.named_parameters()], torch.tensor(history.updates)
+    names = [name for name, _ in model.named_parameters()]
+    updates = torch.tensor(history.updates)
     start, end, moved = updates[0, :, 0], updates[-1, :, 1], updates[:, :, 2].sum(0)
     layers = [i for i, parameter in enumerate(model.parameters()) if parameter.dim() > 1 and start[i] > 0]
     return {
@@ -133,7 +135,8 @@ def check_network(model: nn.Module, history: common.History, probe: common.Split
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         trained = copy.deepcopy(model).train()(common.normalize(probe.images))  # with dropout
     accuracy, in_training = ((x.argmax(1) == probe.labels).float().mean().item() for x in (logits, trained))
-    last, chance = history.rows[-1], probe.labels.bincount().max().item() / len(probe.labels)
+    chance = probe.labels.bincount().max().item() / len(probe.labels)
+    last = history.rows[-1]
     gap = last["train_accuracy"] - last["val_accuracy"]
     return {
         "number of outputs": logits.shape[1] != classes,
@@ -157,7 +160,8 @@ def check_network(model: nn.Module, history: common.History, probe: common.Split
 def layer_outputs(model: nn.Module, images: torch.Tensor, measure=lambda layer, output: output):
     """(name, layer, `measure` of its output) of all layers without inner ones, in evaluation mode, and the logits, for
     `images`, uint8 (N, 1, 28, 28), at once."""
-    outputs, hooks, training = [], [], model.training
+    outputs, hooks = [], []
+    training = model.training
     for name, layer in model.named_modules():
         if not list(layer.children()):
             note = lambda layer, _, output, name=name: outputs.append((name, layer, measure(layer, output)))
@@ -405,13 +409,16 @@ def config_of(network, fault=None):
     }
 
 
-RUNS = {f"no fault, {network}": config_of(network) for network in NETWORKS}
-RUNS |= {f"{fault}, {network}": config_of(network, fault) for fault in FAULTS for network in FAULTS[fault][0]}
+RUNS = {
+    **{f"no fault, {network}": config_of(network) for network in NETWORKS},
+    **{f"{fault}, {network}": config_of(network, fault) for fault in FAULTS for network in FAULTS[fault][0]},
+}
 
 
 def train(config, data, seed, **settings):
     torch.manual_seed(seed)
-    fault, unchanged = config["fault"], lambda thing: thing
+    fault = config["fault"]
+    unchanged = lambda thing: thing
     data = DATA.get(fault, unchanged)(data._replace(val=common.first(data.val, 1_000)))
     model = NETWORKS[config["network"]]()
     NETWORK.get(fault, unchanged)(model)

@@ -131,7 +131,8 @@ def proportional_memory(pid):
     total = 0
     for path in Path("/proc").glob("[0-9]*/smaps_rollup"):
         try:
-            parents, process = [], path.parent.name
+            parents = []
+            process = path.parent.name
             while process not in ("0", "1"):
                 parents.append(process)
                 process = (Path("/proc") / process / "stat").read_text().rpartition(")")[2].split()[1]
@@ -145,7 +146,8 @@ def proportional_memory(pid):
 def run_script(script, folder, data_dir, *options):
     """Seconds and peak memory of a script."""
     command = [sys.executable, ROOT / script, "--data-dir", data_dir, "--out-dir", folder, *options]
-    started, peak = time.perf_counter(), 0.0
+    started = time.perf_counter()
+    peak = 0.0
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, env=ENVIRONMENT) as process:
         while process.poll() is None:
             peak = max(peak, proportional_memory(process.pid))
@@ -307,7 +309,8 @@ def measure_photos(data_dir, count=1_000):
 
     from photos import make_photo, resize_naively
 
-    test, generator = load(data_dir).test, torch.Generator().manual_seed(0)
+    test = load(data_dir).test
+    generator = torch.Generator().manual_seed(0)
     model = q1_baseline.best_network(ROOT / "q1_baseline_runs")
     chosen = torch.randperm(len(test.labels), generator=generator)[:count]
     images = {"images themselves": test.images[chosen], "prepared": [], "resized": []}

@@ -99,7 +99,8 @@ def disturb(script, options, fault, writes, epochs, generator, folder):
 
 def inflict(count, data_dir, folder, seed=0):
     """Inflict `count` faults: {fault: [tries, losses]}, and a line for each loss."""
-    generator, undisturbed, found, lines = random.Random(seed), {}, {}, []
+    generator = random.Random(seed)
+    undisturbed, found, lines = {}, {}, []
     for i in range(count):
         fault = FAULTS[i % len(FAULTS)]
         script = list(SCRIPTS)[i // len(FAULTS) % len(SCRIPTS)]

@@ -61,7 +61,8 @@ def results_table(found):
 
 
 def targets_table():
-    stems, rows = {Path(script).stem: found for script, found in RECORDED.items()}, []
+    stems = {Path(script).stem: found for script, found in RECORDED.items()}
+    rows = []
     for what, published, how, target, script, name in TARGETS:
         run = stems[script]["runs"][name]
         reached = "yes" if round(run["mean"], 2) >= target else "missed"

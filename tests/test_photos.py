@@ -66,7 +66,8 @@ def test_prepared_digit_is_framed_like_mnist(digits):
 @pytest.mark.slow
 def test_photos_are_classified_where_resizing_fails(trained, digits):
     """The small form of the benchmark, on synthetic digits."""
-    generator, prepared, naive = torch.Generator().manual_seed(0), [], []
+    generator = torch.Generator().manual_seed(0)
+    prepared, naive = [], []
     for image in digits[0]:
         photo = q1_baseline.read_photo(io.BytesIO(make_photo(image, generator)))
         prepared.append(q1_baseline.prepare_photo(photo)[0])

@@ -161,7 +161,8 @@ def test_two_copies_started_at_once_leave_what_one_leaves(finished, mnist_folder
 
 
 def test_synthetic_digits_are_named_in_results_and_output(mnist_folder, tmp_path, monkeypatch, capsys):
-    draw, titles = common.draw_digits, []
+    draw = common.draw_digits
+    titles = []
     monkeypatch.setattr(common, "draw_digits", lambda count, seed: draw(count // 50, seed))
     arguments = f"--data synthetic --limit 100 --epochs 1 --out-dir {tmp_path} --workers 1".split()
     figure = importlib.import_module("matplotlib.figure").Figure

@@ -98,7 +98,8 @@ def test_evaluation_does_not_shift_the_training(tiny):
 
 
 def test_runs_that_differ_in_one_setting_share_their_batches(tiny, monkeypatch):
-    seen, draw = [], common.batches
+    draw = common.batches
+    seen = []
 
     def spy(*arguments):
         for images, labels in draw(*arguments):
@@ -157,7 +158,8 @@ class Stop(Exception):
 
 def stop(tiny, path, after, **options):
     """Train until `after` batches were seen in all, then raise."""
-    seen, draw = [], common.batches
+    draw = common.batches
+    seen = []
 
     def counted(*arguments):
         for batch in draw(*arguments):
