@@ -5,7 +5,7 @@ Expect  the above. Published were a mean of 98.76 % with 997 parameters, one run
 Why     One separable convolution is applied six times: depth costs biases only. Its normalisation has no parameters,
         and a part of its channels is neither made by the first layer nor read by the last. In evaluation mode the
         network classifies nine shifted images, which gains 0.2 points. So few parameters allow an optimizer that
-        knows how all their gradients vary together: 25 epochs reach the training loss for which Adam needs 60.
+        knows how all their gradients vary together: 25 epochs reached the training loss for which Adam needed 60.
 Tried   with 950 parameters, judged by validation, and without gain: residual connections, LeakyReLU, GELU, convolutions
         that are not separable, dilation, unpadded ones, coordinates as inputs, a gain for each channel, grouped 1x1
         convolutions, a fixed first layer, distillation from the baseline (0.2 points worse after 8 epochs), stronger
@@ -109,10 +109,12 @@ class FullMatrixAdam(torch.optim.Optimizer):
         state["recent"][state["count"] % period] = gradient
         state["count"] += 1
         state["mean"].lerp_(gradient, 1 - beta1)
+        if state["count"] == period:
+            state["moments"] = state["squares"].diag()  # Adam's, since so few gradients leave most directions unknown
         if state["count"] % period == 0:
             state["moments"].mul_(decay).addmm_(state["recent"].T, state["recent"], alpha=(1 - decay) / period)
             state["squares"], state["basis"] = torch.linalg.eigh(state["moments"])
-            state["squares"].div_(1 - decay ** (state["count"] // period)).clamp_(min=0)
+            state["squares"].clamp_(min=0)
         projected, mean = torch.stack([gradient, state["mean"]]) @ state["basis"]
         state["squares"].lerp_(projected.square(), max(1 - beta2, 1 / state["count"]))
         mean /= 1 - beta1 ** state["count"]
@@ -129,7 +131,6 @@ class FullMatrixAdam(torch.optim.Optimizer):
             "mean": torch.zeros_like(gradient),
             "squares": torch.zeros_like(gradient),
             "basis": torch.eye(size, device=gradient.device),
-            "moments": gradient.new_zeros(size, size),
             "recent": gradient.new_zeros(group["period"], size),
         }
         return self.state[group["params"][0]]

@@ -136,7 +136,7 @@ def test_full_matrix_adam_needs_no_axes():
             schedule.step()
         return loss.item()
 
-    ours = minimum(partial(variant7.FullMatrixAdam, lr=0.03, period=50, decay=0.5))
+    ours = minimum(partial(variant7.FullMatrixAdam, lr=0.03, period=20, decay=0.5))
     assert ours < 0.1 * minimum(partial(torch.optim.Adam, lr=0.03))
     assert minimum(partial(variant7.FullMatrixAdam, lr=0.03, period=1_000, decay=0.5)) > 10 * ours
 
