@@ -47,7 +47,7 @@ RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 
 # ---- Setup: process, device, files -----------------------------------------------------------------------------------
 def setup(threads):
-    """Settings of a process that trains."""
+    """Settings of a process that trains, before its first computation: threads take them over when they start."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # multiplying denormal numbers is many times slower
     torch.backends.cudnn.deterministic = True  # a resumed run ends bit-identical
@@ -155,6 +155,7 @@ def parse_args(script, doc, runs, argv=None, *, seeds=1, count=None, options=Non
         parser.error(f"--out-dir {args.out_dir}: cannot write: {error.strerror}; give another folder")
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first rank prints
+    setup(CORES)
     return args
 
 
