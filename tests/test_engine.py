@@ -293,6 +293,7 @@ def test_workers_and_threads_by_default(monkeypatch):
         return args.workers, args.threads
 
     monkeypatch.setattr(common, "CORES", 8)
+    monkeypatch.setattr(common, "setup", lambda threads: None)
     assert parse() == (4, 2)  # four runs
     assert parse("--only a") == (1, 8)
     assert parse("--seeds 5") == (8, 1)

@@ -282,6 +282,19 @@ def test_help_states_the_finding_and_the_options(script, capsys):
     assert end.value.code == 0 and "None" not in out
 
 
+@pytest.mark.slow
+def test_denormal_numbers_are_flushed_in_all_threads(tmp_path):
+    """A thread takes the setting over when it starts, at the first large computation."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch\nimport common\n"
+        f"common.parse_args({str(ROOT / 'q1_baseline.py')!r}, '', {{'a': {{}}}}, ['--out-dir', '.'])\n"
+        "print((torch.full((1 << 22,), 1e-39) * 0.5).count_nonzero().item(), torch.get_num_threads())"
+    )
+    code, out, err = run_script(program, "", cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert code == 0 and out == "0 2\n", err
+
+
 def test_help_loads_neither_matplotlib_nor_torchvision(tmp_path):
     """They take seconds on a slow machine."""
     program = tmp_path / "program.py"
