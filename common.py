@@ -155,7 +155,7 @@ def parse_args(script, doc, runs, argv=None, *, seeds=1, count=None, options=Non
         parser.error(f"--out-dir {args.out_dir}: cannot write: {error.strerror}; give another folder")
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first rank prints
-    setup(CORES)
+    setup(CORES)  # now: the first computation starts the threads
     return args
 
 

@@ -190,11 +190,12 @@ def images_trained(folder):
     for path in folder.glob("*.json"):
         contents = json.loads(path.read_text(encoding="utf-8"))
         every = contents["data"]["train"]
-        for row in csv.DictReader(path.with_suffix(".csv").open(encoding="utf-8")):
+        for row in csv.DictReader(path.with_suffix(".csv").read_text(encoding="utf-8").splitlines()):
             total += min(contents["runs"][row["run"]]["config"].get("images") or every, every)
     for path in folder.glob("q3_tuning_study.csv"):
         trials = len(path.read_text(encoding="utf-8").splitlines()) - 1
-        total += trials * q3_tuning.STUDY["images"] * q3_tuning.STUDY["epochs"]  # BEFORE has the same
+        study = q3_tuning.STUDY  # BEFORE has the same
+        total += trials * min(study["images"], every) * study["epochs"]
     return total
 
 
@@ -217,8 +218,8 @@ def measure_assignment(data_dir):
                 print(script, found[script], flush=True)
         finally:
             subprocess.run([*git, "remove", "--force", before], check=True)
-    before, now = (sum(x[name]["seconds"] for x in found.values()) for name in ("before", "now"))
-    return {**found, "images": LIMIT, "ratio of the sums": round(before / now, 2)}
+    sums = {name: sum(times[name]["seconds"] for times in found.values()) for name in ("before", "now")}
+    return {**found, "images": LIMIT, "ratio of the sums": round(sums["before"] / sums["now"], 2)}
 
 
 # ---- Health checks ---------------------------------------------------------------------------------------------------
