@@ -45,7 +45,11 @@ TERMS = {
     "batch_size": "batch size",
     "init": "initialisation",
 }
-OPTIMIZERS = {"Adam": torch.optim.Adam, "SGD": partial(torch.optim.SGD, momentum=0.9), "RMSprop": torch.optim.RMSprop}
+OPTIMIZERS = {
+    "Adam": partial(torch.optim.Adam, fused=True),
+    "SGD": partial(torch.optim.SGD, momentum=0.9, fused=True),
+    "RMSprop": torch.optim.RMSprop,
+}
 INITS = {  # of the convolutions
     "default": nn.Conv2d.reset_parameters,
     "Xavier": lambda layer: nn.init.xavier_normal_(layer.weight),
