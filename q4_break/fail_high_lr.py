@@ -26,7 +26,7 @@ from q4_break.fault_gallery import dead_share, layer_outputs, layer_weights
 
 def config_of(optimizer, lr, batchnorm=False, clip=None):
     """clip: limit on the norm of the gradient; at 1e-4 a step of SGD at 1000 is no longer than 0.1."""
-    config = {"epochs": 2, "batch_size": 64, "optimizer": optimizer, "lr": lr}
+    config = {"epochs": 2, "batch_size": 64, "optimizer": optimizer, "lr": lr, "images": 40_000}
     return {**config, "batchnorm": batchnorm, "clip": clip}
 
 
