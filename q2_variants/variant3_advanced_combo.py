@@ -5,7 +5,7 @@ Why     With 7 % of the baseline's parameters and half of its 128 features dropp
         accuracy stays below validation accuracy, which varies by half a point from epoch to epoch at the constant
         learning rate. The improved recipe has no dropout, a learning rate that rises to twenty times as much and
         falls to zero (one-cycle), and images that are randomly rotated, shifted and scaled.
-Run     python q2_variants/variant3_advanced_combo.py     four minutes on two CPU cores
+Run     python q2_variants/variant3_advanced_combo.py     five minutes on two CPU cores
 """
 
 import math

@@ -1,6 +1,6 @@
 """What the project claims about speed, memory, health checks and synthetic digits, measured. On a quiet machine:
 
-    python tests/benchmark.py                    all parts; an hour and a half on two CPU cores
+    python tests/benchmark.py                    all parts; two and a half hours on two CPU cores
     python tests/benchmark.py --only training    one of them
 
 The ways to train take turns, and the medians of their ratios are what counts: machines differ and are noisy. Parts
@@ -201,7 +201,7 @@ def images_trained(folder):
 
 def measure_assignment(data_dir):
     """Seconds and images of the default runs of the scripts that BEFORE has, too, with its code and with this one,
-    script by script in turns: about 100 minutes."""
+    script by script in turns: 80 minutes."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         before = Path(folder) / "before"
