@@ -8,7 +8,7 @@ Why     Short trials vary one hyperparameter at a time, starting from the publis
         comparison would say more about the learning rate. All else is fixed. The best configurations, the finalists,
         are trained again, longer, with several seeds, augmentation and a one-cycle schedule, as the selected one will
         be. Selection is by validation accuracy alone.
-Run     python q3_tuning.py              seven minutes on two CPU cores
+Run     python q3_tuning.py              six minutes on two CPU cores
         python q3_tuning.py --resume     continues a stopped study
         python q3_tuning.py --seeds 5 --epochs 20     the recorded results, in 25 minutes
         --lr and --batch-size replace those of the published configuration, --epochs those of the selected one

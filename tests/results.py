@@ -93,8 +93,10 @@ def other_targets():
         ("MNIST, trained on synthetic digits", "95 %", f"{synthetic['mean']:.2f} %", synthetic["mean"] >= 95),
         ("70,000 synthetic digits drawn", "under 10 s", f"{synthetic['seconds']} s", synthetic["seconds"] < 10),
     ]
-    ratio = BENCHMARK["assignment"]["ratio of the sums"]
-    rows.append(("default runs of ten scripts, times as fast as before the engine", 1.5, ratio, ratio >= 1.5))
+    assignment = BENCHMARK["assignment"]
+    what = "default runs of ten scripts, times as fast as before the engine" + assignment.get("remark", "")
+    ratio = assignment["ratio of the sums"]
+    rows.append((what, 1.5, ratio, ratio >= 1.5))
     for name, target in {"baseline": 2.5, "narrow-head": 4, "MnistNet_3": 4}.items():
         ratio = BENCHMARK["training"][f"{name}, fp32"]["fit / DataLoader"]
         rows.append((f"{name}, times as fast as a per-sample DataLoader", target, ratio, ratio >= target))

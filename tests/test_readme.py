@@ -70,7 +70,7 @@ def test_minutes_are_about_the_measured_ones(script):
     found = results.RECORDED[script]
     runs = found["runs"].values()
     seconds = sum(statistics.fmean(seed["seconds"] for seed in run["seeds"]) for run in runs)
-    seeds = 10 if "fastest" in script else 1
+    seeds = 10 if "fastest" in script else 1  # of a default run
     minutes = seeds * seconds / 60 / (2 if found["environment"]["threads"] == 1 else 1)
     assert abs(float(row[2]) - minutes) < 1 + 0.25 * minutes
 
