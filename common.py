@@ -5,11 +5,9 @@ accuracies are percentages. A foreseeable mistake of the user ends the program w
 """
 
 import argparse
-import atexit
 import copy
 import csv
 import ctypes
-import functools
 import gzip
 import io
 import itertools
@@ -18,6 +16,7 @@ import math
 import multiprocessing
 import os
 import re
+import secrets
 import signal
 import statistics
 import subprocess
@@ -29,23 +28,34 @@ import time
 import traceback
 import zlib
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from tqdm import tqdm
+
+from q4_break.health import Recorder, alarm_names, check_health
 
 ROOT = Path(__file__).resolve().parent
 CORES = torch.get_num_threads()  # that torch may use; OMP_NUM_THREADS lowers it
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # whether this process is one of torchrun's ranks
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+RANK, LOCAL_RANK, WORLD, RESTARTS = (
+    int(os.environ.get(name, default)) if TORCHRUN else default
+    for name, default in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}.items()
+)
 
 
 # ---- Setup: process, device, files -----------------------------------------------------------------------------------
+PARTIAL = ".mnist-cnn-partial"  # ends the names of half-written files
+
+
 def setup(threads):
     """Settings of a process that trains, before its first computation: threads take them over when they start."""
     torch.set_num_threads(threads)
@@ -69,14 +79,44 @@ def has_native_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def gather(value) -> list:
+    """The values of all of torchrun's ranks, when all have come here; [value] without torchrun."""
+    if WORLD == 1:
+        return [value]
+    values = [None] * WORLD
+    try:
+        if not distributed.is_initialized():
+            distributed.init_process_group("gloo", timeout=timedelta(days=30))  # one may train long after another
+        distributed.all_gather_object(values, value)
+    except RuntimeError:
+        sys.exit("another of torchrun's ranks has ended; --resume continues")
+    return values
+
+
+def follow_first_process():
+    """Of a worker process: it leaves Ctrl-C to the first process, and ends when that has ended."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 def write_file(path, content: bytes):
     """Write `path` atomically: after a kill there is the old file or the new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    for other in temporary.parent.glob(f".{Path(path).name}.*") if sys.platform == "linux" else ():
-        if not Path("/proc", other.suffix[1:]).exists():  # its process was killed
-            other.unlink(missing_ok=True)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
         temporary.write_bytes(content)
+        for other in path.parent.glob(f".*{PARTIAL}"):  # of a process that was killed a minute ago or more
+            if temporary.stat().st_mtime - other.stat().st_mtime > 60:
+                other.unlink(missing_ok=True)
         os.replace(temporary, path)
     except OSError as error:
         sys.exit(f"cannot write {path}: {error.strerror}")
@@ -85,67 +125,76 @@ def write_file(path, content: bytes):
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
+def number(kind, least, most=math.inf):
+    """A type of argparse's options: an int or a finite float from `least` to `most`."""
+
+    def convert(text):
+        value = kind(text)
+        if not least <= value <= most or value == math.inf:
+            raise ValueError
+        return value
+
+    convert.__name__ = (
+        f"{kind.__name__} from {least} to {most}" if most < math.inf else f"{kind.__name__} from {least} on"
+    )
+    return convert
+
+
 def make_parser(script: Path, doc: str, names: list[str], seeds: int, options: dict) -> argparse.ArgumentParser:
     """The parser of every script; --only selects one of `names`, `seeds` are trained by default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{script.name}: {message}\n")
+    positive = number(int, 1)
+    one_seed = parser.add_mutually_exclusive_group()
     add = parser.add_argument
-    add("--epochs", type=int, help="at most, of every run (each run's own)")
-    add("--batch-size", type=int, help="of every run (each run's own)")
-    add("--lr", type=float, help="learning rate of every run (each run's own)")
-    add("--seed", type=int, help="train this seed only")
-    add("--seeds", type=int, help=f"train seeds 0, 1, .. SEEDS-1 ({seeds})")
+    add("--epochs", type=positive, help="at most, of every run (each run's own)")
+    add("--batch-size", type=positive, help="of every run (each run's own)")
+    add("--lr", type=number(float, 1e-9), help="learning rate of every run (each run's own)")
+    one_seed.add_argument("--seed", type=number(int, 0, 2**64 - 1), help="train this seed only")
+    one_seed.add_argument("--seeds", type=positive, help=f"train seeds 0, 1, .. SEEDS-1 ({seeds})")
     add("--only", choices=names, metavar="NAME", help=f"train one of: {'; '.join(names)}".replace("%", "%%"))
-    add("--workers", type=int, help="runs trained side by side (one for each core; 1 on a GPU)")
-    add("--threads", type=int, help="of each run (the cores divided by the workers)")
+    add("--workers", type=positive, help="runs trained side by side (one for each core; 1 on a GPU)")
+    add("--threads", type=positive, help="of each run (the cores divided by the workers)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     add("--data", choices=["auto", "mnist", "synthetic"], default="auto")
     add("--data-dir", type=Path, default=os.environ.get("MNIST_DIR") or ROOT / "data", help="($MNIST_DIR, or data/)")
     add("--out-dir", type=Path, default=script.parent, help="(beside the script)")
-    add("--limit", type=int, help="train on the first LIMIT images")
+    add("--limit", type=positive, help="train on the first LIMIT images")
     add("--resume", action="store_true", help="continue what a stopped start has left")
     for flag, settings in options.items():
         add(flag, **settings)
     return parser
 
 
-def parse_args(script, doc, runs, argv=None, *, seeds=1, count=None, options=None, **defaults) -> argparse.Namespace:
-    """Parse the command line of a script with these runs, {name: configuration} (or `count` of them), `options` of its
-    own, {flag: settings}, and `defaults` of common ones. Returns the options with runs (those to train, overrides
-    applied), seeds (a list), device (torch.device), precision ("fp32" or "bf16"), workers, threads, script (its path in
-    the project), stem (the path that its outputs begin with) and unchanged: whether runs and data are the script's own.
-    A bad value: exit code 2."""
+def parse_args(script, doc, runs, argv=None, *, seeds=1, options=None, **defaults) -> argparse.Namespace:
+    """Parse the command line of a script with these runs, {name: configuration}, `options` of its own, {flag:
+    settings}, and `defaults` of common ones. Returns the options with runs (those to train, overrides applied), seeds
+    (a list), device (torch.device), precision ("fp32" or "bf16"), workers (at most), script (its path in the project),
+    stem (the path that its outputs begin with) and is_default: whether runs and data are the script's own. A bad value:
+    exit code 2."""
     script = Path(script).resolve()
     networks = [config["network"] for config in runs.values() if "network" in config]
     parser = make_parser(script, doc, list(dict.fromkeys([*networks, *runs])), seeds, options or {})
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    for option in ("epochs", "batch_size", "lr", "seed", "seeds", "workers", "threads", "limit"):
-        value = getattr(args, option)
-        least = {"seed": 0, "lr": 1e-9}.get(option, 1)
-        if value is not None and not least <= value < math.inf:
-            parser.error(f"--{option.replace('_', '-')} {value}: not a number from {least} on")
-    if args.seed is not None and args.seeds is not None:
-        parser.error("--seed and --seeds exclude each other")
-    overrides = {key: value for key in ("epochs", "batch_size", "lr") if (value := getattr(args, key)) is not None}
+    given = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
+    overrides = {key: value for key, value in given.items() if value is not None}
     args.runs = {
         name: {key: overrides.get(key, value) for key, value in config.items()}
         for name, config in runs.items()
         if args.only in (None, name, config.get("network"))
     }
-    args.unchanged = not (overrides or args.only or args.limit)
+    args.is_default = not (overrides or args.only or args.limit)
     args.seeds = list(range(args.seeds or seeds)) if args.seed is None else [args.seed]
     devices = available_devices()
     args.device = devices[0] if args.device == "auto" else args.device
     if args.device not in devices:
         parser.error(f"--device {args.device}: not here; there is {', '.join(devices)}")
-    args.device = torch.device(args.device)
+    args.device = torch.device(args.device, LOCAL_RANK if TORCHRUN and args.device == "cuda" else None)
     native = "bf16" if has_native_bf16(args.device) else "fp32"
     args.precision = native if args.precision == "auto" else args.precision
-    most = CORES if args.device.type == "cpu" and not TORCHRUN else 1  # each of torchrun's ranks is a worker
-    args.workers = min(args.workers or most, count or len(args.runs) * len(args.seeds))
-    args.threads = args.threads or max(1, CORES // args.workers)
+    args.workers = args.workers or (CORES if args.device.type == "cpu" and not TORCHRUN else 1)  # a rank is a worker
     args.script = script.relative_to(ROOT).as_posix()
     args.stem = args.out_dir.resolve() / script.stem
     try:  # now, not after the training
@@ -179,8 +228,12 @@ class Dataset(NamedTuple):
     test: Split | None  # None for what trains
     name: str  # "MNIST" or "synthetic digits"
 
+    def steps(self, batch_size: int) -> int:
+        """Batches in an epoch; the last may be smaller."""
+        return math.ceil(len(self.train.labels) / batch_size)
 
-def first(split: Split, count: int | None) -> Split:
+
+def head(split: Split, count: int | None) -> Split:
     """The first `count` images with their labels (None: all)."""
     return Split(split.images[:count], split.labels[:count])
 
@@ -211,9 +264,9 @@ def load_data(args) -> Dataset:
 def split_data(images, labels, test_images, test_labels, name, limit=None, device="cpu") -> Dataset:
     """Split the training images with a fixed generator: 1/12 for validation, the rest for training."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    val, train = order.tensor_split([len(labels) // VAL_SHARE])
-    train = train[:limit]
-    splits = (images[train], labels[train]), (images[val], labels[val]), (test_images, test_labels)
+    val_rows, train_rows = order.tensor_split([len(labels) // VAL_SHARE])
+    train_rows = train_rows[:limit]
+    splits = (images[train_rows], labels[train_rows]), (images[val_rows], labels[val_rows]), (test_images, test_labels)
     return Dataset(*(Split(x.to(device), y.to(device)) for x, y in splits), name)
 
 
@@ -269,14 +322,90 @@ def download_mnist(raw: Path, names: list[str]):
             os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
 
 
-def batches(split: Split, size: int, order: torch.Generator, augment=None, shuffle=True):
-    """Yield (images float32 (B, 1, 28, 28), labels (B,)), every image once, shuffled by the generator `order` (on the
-    CPU); the last batch may be smaller. `augment` gets the images as floats 0-255, before they are normalized."""
+def batches(split: Split, size: int, shuffle_rng: torch.Generator | None, augment=None, augment_rng=None):
+    """Yield (images float32 (B, 1, 28, 28), labels (B,)), every image once, shuffled by a generator on the CPU (None:
+    in order); the last batch may be smaller. `augment` gets images as floats 0-255, before they are normalized."""
     count = len(split.labels)
-    permutation = torch.randperm(count, generator=order) if shuffle else torch.arange(count)
+    permutation = torch.randperm(count, generator=shuffle_rng) if shuffle_rng else torch.arange(count)
     for rows in permutation.to(split.labels.device).split(size):  # resident data: a batch is one indexing operation
         images = split.images[rows]
-        yield normalize(augment(images.float()) if augment else images), split.labels[rows]
+        if augment:
+            images = augment(images.float(), augment_rng)
+        yield normalize(images), split.labels[rows]
+
+
+# ---- Networks and augmentation of several scripts --------------------------------------------------------------------
+def baseline_cnn(dropout: float = 0.5) -> nn.Sequential:
+    """The baseline: (B, 1, 28, 28) -> logits (B, 10), with 421,642 parameters.
+
+    Max-pool stands before ReLU: the two commute, and ReLU has a quarter of the work.
+    """
+    return nn.Sequential(
+        # A line is a block of layers; the star puts them into the chain one by one.
+        *[nn.Conv2d(1, 32, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()],  # -> (B, 32, 14, 14)
+        *[nn.Conv2d(32, 64, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()],  # -> (B, 64, 7, 7)
+        nn.Flatten(),  # -> (B, 3136)
+        *[nn.Linear(3136, 128), nn.ReLU(), nn.Dropout(dropout)],
+        nn.Linear(128, 10),
+    )
+
+
+def advanced_combo_cnn(dropout: float = 0.5) -> nn.Sequential:
+    """AdvancedComboCNN: kernels of 5, 3 and 1, BatchNorm, LeakyReLU and global average pooling; (B, 1, 28, 28) ->
+    logits (B, 10), with 29,386 parameters. He initialisation (He et al. 2015, arXiv:1502.01852)."""
+    model = nn.Sequential(
+        *[nn.Conv2d(1, 32, 5), nn.BatchNorm2d(32), nn.MaxPool2d(2), nn.LeakyReLU()],  # -> (B, 32, 12, 12)
+        *[nn.Conv2d(32, 64, 3), nn.BatchNorm2d(64), nn.MaxPool2d(2), nn.LeakyReLU()],  # -> (B, 64, 5, 5)
+        *[nn.Conv2d(64, 128, 1), nn.BatchNorm2d(128), nn.LeakyReLU()],
+        *[nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout)],  # -> (B, 128)
+        nn.Linear(128, 10),
+    )
+    for layer in model:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, a=0.01, nonlinearity="leaky_relu")
+    return model
+
+
+def print_layers(model):
+    """Print a table of the layers of a chain with their output shapes, without the batch, and parameters."""
+    print(f"{'layer':<18} {'output shape':<14} {'parameters':>10}")
+    x = torch.zeros(2, 1, 28, 28)
+    for layer in model:
+        x = layer(x)
+        shape = " x ".join(map(str, x.shape[1:]))
+        print(f"{type(layer).__name__:<18} {shape:<14} {count_parameters(layer):>10,}")
+    print(f"{'total':<33} {count_parameters(model):>10,}\n")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable scalars."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+ROTATE_AND_SHIFT = {"degrees": [10], "shift": 2, "scale": 0.1}  # the augmentation of the improved recipes
+
+
+def affine(images, angle, shift, scale):
+    """Rotate, scale and shift each of `images`, float (B, 1, 28, 28), about its centre, as torchvision's `affine` does:
+    bilinear, 0 beyond the border. angle (B,) in degrees, clockwise; shift (B, 2) in pixels, right and down; scale (B,).
+    """
+    cos, sin = torch.deg2rad(angle).cos() / scale, torch.deg2rad(angle).sin() / scale
+    x, y = (shift / -14).unbind(1)  # the image extends from -1 to 1
+    theta = torch.stack([cos, sin, cos * x + sin * y, -sin, cos, cos * y - sin * x], 1).view(-1, 2, 3)
+    return F.grid_sample(images, F.affine_grid(theta, images.shape, align_corners=False), align_corners=False)
+
+
+def random_affine(images, generator, degrees=(), shift=0.0, scale=0.0):
+    """Transform each of `images`, float (B, 1, 28, 28), differently: rotate by up to +-`degrees` (several rotations
+    add up), shift by up to +-`shift` pixels and scale by 1 +- `scale`, all uniformly distributed."""
+
+    def uniform(*shape):
+        return torch.rand((len(images), *shape), generator=generator, device=images.device) * 2 - 1
+
+    angle = images.new_zeros(len(images))
+    for limit in degrees:
+        angle += limit * uniform()
+    return affine(images, angle, shift * uniform(2), 1 + scale * uniform())
 
 
 # ---- Training and evaluation -----------------------------------------------------------------------------------------
@@ -309,72 +438,76 @@ class History:
     best_epoch: int = 0  # whose weights were kept
     diverged: bool = False
     health: list[str] = field(default_factory=list)  # the alarms of `check_health`
-    updates: list[list] = field(default_factory=list)  # each epoch's: a parameter's length before, after, and distance
-    batch_labels: list[int] = field(default_factory=list)  # of an epoch's last batch
-    symmetric: list[str] = field(default_factory=list)  # `symmetric_layers` before the training
     trace: dict[str, list] = field(default_factory=dict)  # what the script recorded
 
-    val_accuracy = property(lambda history: history.rows[history.best_epoch - 1]["val_accuracy"])  # of the kept weights
+    @property
+    def val_accuracy(self) -> float:
+        """Of the kept weights."""
+        return self.rows[self.best_epoch - 1]["val_accuracy"]
+
+
+def print_progress(images: int, line: str = ""):
+    """`images` were trained on since the last call; `line` is one of the log, or empty."""
+    if line:
+        print(line)
 
 
 def fit(
     model: nn.Module,
     data: Dataset,
     optimizer: torch.optim.Optimizer,
+    config: dict,  # epochs (at most), batch_size, and patience: epochs without a better one after which training stops
     *,
-    epochs: int,
-    batch_size: int,
     seed: int = 0,  # of the batch order and the augmentation; neither dropout nor evaluation shifts it
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,  # stepped after every batch
     augment=None,  # (images float 0-255 (B, 1, 28, 28), torch.Generator) -> images
     shuffle: bool = True,
-    patience: int | None = None,  # epochs without a better one after which training stops
     keep_last: bool = False,  # keep the weights of the last epoch, instead of the best
     precision: str = "fp32",  # "bf16": forward pass under autocast; weights, loss and evaluation stay fp32
     trace: dict[str, list] | None = None,  # lists that the script fills; checkpoints keep them
-    checkpoint: Path | None = None,  # a file, written before the first and after every epoch
-    identity: dict | None = None,  # what the checkpoint must agree with to be resumed
-    resume: bool = False,  # from the checkpoint, if there is one, to a bit-identical end
-    progress=lambda images, line: print(line) if line else None,  # images since the last call, log line
+    checkpoint: Path | None = None,  # a file, written before the first and after every epoch; if it is there, the
+    fingerprint: dict | None = None,  # training goes on from it, to a bit-identical end, and this must agree with it
+    progress=print_progress,
 ) -> History:
     """Train `model` in place on data.train and leave in it the weights of its best epoch on data.val: the highest
     accuracy and, among equals, the lowest loss. A loss that is not finite ends the training, as `diverged`."""
-    from q4_break.fault_gallery import check_health, symmetric_layers  # late: it imports this module
-
-    order, noise = (torch.Generator(device).manual_seed(seed) for device in ("cpu", data.train.labels.device))
-    parts = {"model": model, "optimizer": optimizer, "order": order, "noise": noise, "scheduler": scheduler}
-    identity = {**(identity or {}), "layers": repr(model)}
-    history = History(trace={} if trace is None else trace, symmetric=symmetric_layers(model))
+    epochs, batch_size, patience = config["epochs"], config["batch_size"], config.get("patience") or config["epochs"]
+    shuffle_rng = torch.Generator().manual_seed(seed)
+    augment_rng = torch.Generator(data.train.labels.device).manual_seed(seed)
+    rngs = {"shuffle_rng": shuffle_rng, "augment_rng": augment_rng}
+    recorder = Recorder(model)
+    parts = {"model": model, "optimizer": optimizer, "recorder": recorder}
+    if scheduler:
+        parts["scheduler"] = scheduler
+    history = History(trace={} if trace is None else trace)
     best = copy.deepcopy(model.state_dict())
-    if resume and checkpoint.exists():
-        best = restore_training(checkpoint, identity, parts, history)
+    fingerprint = {**(fingerprint or {}), "layers": repr(model)}
+    if checkpoint and checkpoint.exists():
+        best = restore_training(checkpoint, fingerprint, parts, rngs, history)
     elif checkpoint:
-        save_training(checkpoint, identity, parts, history, best)
-    while not history.diverged and len(history.rows) < min(epochs, history.best_epoch + (patience or epochs)):
+        save_training(checkpoint, fingerprint, parts, rngs, history, best)
+    while not history.diverged and len(history.rows) < min(epochs, history.best_epoch + patience):
         started = time.perf_counter()
-        lr = optimizer.param_groups[0]["lr"]
-        drawn = batches(data.train, batch_size, order, augment and (lambda images: augment(images, noise)), shuffle)
-        before = [p.detach().clone() for p in model.parameters()]
-        steps = math.ceil(len(data.train.labels) / batch_size)
-        losses, train, labels = train_epoch(model, drawn, steps, optimizer, scheduler, precision, progress)
-        val = evaluate(model, data.val)
-        epoch = len(history.rows) + 1
+        epoch, lr = len(history.rows) + 1, optimizer.param_groups[0]["lr"]
+        recorder.start_epoch()
+        drawn = batches(data.train, batch_size, shuffle_rng if shuffle else None, augment, augment_rng)
+        steps = data.steps(batch_size)
+        losses, row, labels = train_epoch(model, drawn, steps, optimizer, scheduler, precision, progress)
+        val_loss, val_accuracy, _ = evaluate(model, data.val)
         seconds = time.perf_counter() - started
-        row = {"epoch": epoch, **train, "val_loss": val[0], "val_accuracy": val[1], "lr": lr, "seconds": seconds}
+        row = {"epoch": epoch, **row, "val_loss": val_loss, "val_accuracy": val_accuracy, "lr": lr, "seconds": seconds}
+        recorder.end_epoch(labels)
         history.rows.append(row)
         history.step_losses += losses
-        history.batch_labels = labels
-        pairs = zip(before, model.parameters(), strict=True)
-        history.updates.append([torch.stack([a.norm(), b.norm(), (b - a).norm()]).tolist() for a, b in pairs])
         history.diverged = not math.isfinite(row["train_loss"])
         best_row = max(history.rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
         if row is best_row or keep_last:
             history.best_epoch = epoch
             best = copy.deepcopy(model.state_dict())
         if checkpoint:
-            save_training(checkpoint, identity, parts, history, best)
+            save_training(checkpoint, fingerprint, parts, rngs, history, best)
         progress(0, log_line(history, epochs))
-    history.health = check_health(model, history, data, optimizer)  # of the last weights
+    history.health = check_health(model, history, recorder, optimizer, data.train, data.val, normalize)
     model.load_state_dict(best)
     return history
 
@@ -399,17 +532,12 @@ def train_epoch(model, batches, steps, optimizer, scheduler, precision, progress
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
         if step == steps or (step - 1) % math.ceil(steps / CHECKS) == 0:
-            progress(seen - shown, "")
+            progress(seen - shown)
             shown = seen
             if not math.isfinite(total.item()):
                 break
     row = {"train_loss": total.item() / seen, "train_accuracy": 100 * correct.item() / seen}
-    return torch.stack(losses).tolist(), row, labels.tolist()
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of trainable scalars."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return torch.stack(losses).tolist(), row, labels
 
 
 def log_line(history: History, epochs: int) -> str:
@@ -421,131 +549,173 @@ def log_line(history: History, epochs: int) -> str:
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
-def save_training(path: Path, identity: dict, parts: dict, history: History, best: dict):
-    """Write all that a training needs to continue."""
-    state = {k: v.get_state() if isinstance(v, torch.Generator) else v and v.state_dict() for k, v in parts.items()}
-    rng = generator_of(parts["model"]).get_rng_state()
-    write_file(path, pack(identity, **state, rng=rng, history=asdict(history), best=best))
+def save_training(path: Path, fingerprint: dict, parts: dict, rngs: dict, history: History, best: dict):
+    """Write all that a training needs to continue: `parts` have a state_dict, `rngs` are generators."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    rng_states = {name: rng.get_state() for name, rng in rngs.items()}
+    rng_states["rng"] = rng_module(parts["model"]).get_rng_state()
+    save_checkpoint(path, fingerprint, **states, **rng_states, history=asdict(history), best=best)
 
 
-def restore_training(path: Path, identity: dict, parts: dict, history: History) -> dict:
+def restore_training(path: Path, fingerprint: dict, parts: dict, rngs: dict, history: History) -> dict:
     """Put everything back to what `save_training` wrote; returns the best weights."""
-    state = load_checkpoint(path, identity)
+    state = load_checkpoint(path, fingerprint)
     for name, part in parts.items():
-        if part:
-            (part.set_state if isinstance(part, torch.Generator) else part.load_state_dict)(state[name])
-    generator_of(parts["model"]).set_rng_state(state["rng"])
+        part.load_state_dict(state[name])
+    for name, rng in rngs.items():
+        rng.set_state(state[name])
+    rng_module(parts["model"]).set_rng_state(state["rng"])
     history.trace.update(state["history"].pop("trace"))  # in the dictionary that the script fills
     vars(history).update(state["history"])
     return state["best"]
 
 
-def generator_of(model: nn.Module):
+def rng_module(model: nn.Module):
     """The module with the state of the random numbers that dropout draws."""
     device = next(model.parameters()).device
     return torch.random if device.type == "cpu" else torch.get_device_module(device)
 
 
-def pack(identity: dict, **state) -> bytes:
-    """The content of a checkpoint: `state` with the identity of its run."""
-    torch.save({"identity": identity, **state}, buffer := io.BytesIO())
-    return buffer.getvalue()
+def save_checkpoint(path: Path, fingerprint: dict, **state):
+    """Write `state` with the fingerprint of its run."""
+    torch.save({"fingerprint": fingerprint, "threads": torch.get_num_threads(), **state}, buffer := io.BytesIO())
+    write_file(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path, identity: dict, content: bytes | None = None) -> dict:
-    """The state in a checkpoint, or in its `content`, of the run with this identity."""
+def load_checkpoint(path: Path, fingerprint: dict) -> dict:
+    """The state in a checkpoint of the run with this fingerprint."""
     try:
-        source = io.BytesIO(path.read_bytes() if content is None else content)
-        state = torch.load(source, map_location="cpu", weights_only=True)
-        saved = state["identity"]
+        content = path.read_bytes()
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        saved = state["fingerprint"]
+    except OSError as error:
+        sys.exit(f"cannot resume: cannot read {path}: {error.strerror}")
     except Exception:  # torch and pickle raise many kinds
         sys.exit(f"cannot resume: {path} is truncated or not a checkpoint of this project")
-    for key, now in identity.items():
+    for key, now in fingerprint.items():
         if saved.get(key) != now:
             difference = " ".join(f"{key} was {saved.get(key)}, is {now}".split())
             sys.exit(f"cannot resume: {path} is of another configuration: {difference}")
     return state
 
 
-# ---- Engine: all runs of a script, side by side, each scored on the test split once ----------------------------------
+# ---- Runs: what is to be trained, and what is left of it -------------------------------------------------------------
 class Run(NamedTuple):
     """One training. Of the configuration the engine itself reads "epochs" and "images", the first N to train on."""
 
     name: str
     config: dict  # flat, says everything
     seed: int
-    identity: dict  # all that the result depends on
-    folder: str  # of the checkpoints
+    fingerprint: dict  # all that the result depends on, but for the threads
+    threads: int
+    path: Path  # of the result, once the run is finished
 
-    __str__ = lambda run: f"{run.name}, seed {run.seed}"
-    path = property(lambda run: Path(run.folder) / f"{re.sub('[^0-9A-Za-z_.,+]+', '-', run.name)}_seed{run.seed}.pt")
+    def __str__(self):
+        return f"{self.name}, seed {self.seed}"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Of the run while it is not finished."""
+        return self.path.with_name(f"{self.path.stem}_unfinished.pt")
 
 
 @dataclass
 class Result:
-    """A finished run. `scores` is its entry in the results file; `test_logits` (10000, 10)."""
+    """A finished run; of a stopped one, the epochs so far, without scores."""
 
     config: dict
     seed: int
-    parameters: int
+    threads: int
     history: History
-    scores: dict
-    test_logits: Tensor | None = None
+    parameters: int = 0
+    scores: dict = field(default_factory=dict)  # its entry in the results file
+    test_logits: Tensor | None = None  # (10000, 10)
 
 
-def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> dict[str, list[Result]]:
-    """Train all runs of `configs` (default: args.runs) with all `seeds` (args.seeds): {name: results of its seeds}.
-
-    `train(config, data, seed, **settings) -> (model, History)` passes `settings` to `fit`; its data have no test split:
-    that is evaluated here only, once for each run, with the kept weights (test=False: not at all). Processes train side
-    by side: args.workers of this machine or, under torchrun, all ranks, of which only the first returns. If a run
-    raises, or ends its process twice, the others go on, and then the exit code is 1.
-    """
-    environment = {"data": 0, "device": args.device.type, "threads": args.threads, "precision": args.precision}
+def list_runs(args, data: Dataset, configs: dict[str, dict], seeds: list[int], test: bool) -> list[Run]:
+    """All runs, the seeds of a name one after another, so that torchrun's ranks get equal shares."""
+    threads = args.threads or max(1, CORES // min(args.workers, len(configs) * len(seeds)))
+    environment = {"data": 0, "device": args.device.type, "precision": args.precision}
     for tensor in itertools.chain(*data[:3]):
         environment["data"] = zlib.crc32(tensor.cpu().contiguous().numpy(), environment["data"])
-    folder = Path(f"{args.stem}_runs")
-    configs = args.runs if configs is None else configs
-    work = train, data, environment, str(folder)
-    if RANK:
-        serve(f"rank {RANK}", "unknown", None, *work)  # until the first rank ends
+    must_agree = {**environment, "threads": threads, "resume": args.resume}
+    for other in gather(must_agree):
+        if different := [key for key, value in must_agree.items() if other[key] != value]:
+            sys.exit(f"torchrun's ranks have different {' and '.join(different)}")
     runs = []
-    for seed, name in itertools.product(seeds or args.seeds, configs):
-        config = json.loads(json.dumps(configs[name]))  # as another machine gets it: tuples become lists
-        identity = {"run": name, "seed": seed, **config, **environment, "test": test}
-        runs.append(Run(name, config, seed, identity, str(folder)))
-    if args.resume and not any(folder.glob("*.pt")):
-        sys.exit(f"cannot resume: there is nothing in {folder}; run without --resume")
-    resume = args.resume or (TORCHRUN and torchrun_store()[1] > 1)
-    results = {}
+    for name, seed in itertools.product(configs, seeds):
+        fingerprint = {"run": name, "seed": seed, **configs[name], **environment, "test": test}
+        path = Path(f"{args.stem}_runs") / f"{re.sub('[^0-9A-Za-z_.,+]+', '-', name)}_seed{seed}.pt"
+        runs.append(Run(name, configs[name], seed, fingerprint, threads, path))
+    return runs
+
+
+def list_unfinished(runs: list[Run], args) -> list[Run]:
+    """Those that are left to train; without --resume all, afresh. Even then a finished run of the same configuration
+    keeps its file until it is finished again: another start in the same folder may still want to read it."""
+    left = []
     for run in runs:
-        if not resume:
-            run.path.unlink(missing_ok=True)  # what an older start has left
-        elif run.path.exists() and (result := load_result(run)).scores:
-            results[str(run)] = result
-    left = [run for run in runs if str(run) not in results]
-    how = f"{args.workers} at a time, {args.threads} thread(s) each, {args.device.type}, {args.precision}"
-    print(f"{data.name}: {len(left)} of {len(runs)} runs to train, {how}", flush=True)
+        if not (args.resume or RESTARTS):
+            run.checkpoint.unlink(missing_ok=True)
+            try:
+                load_checkpoint(run.path, run.fingerprint)
+            except SystemExit:  # of another configuration, or not there
+                run.path.unlink(missing_ok=True)
+            left.append(run)
+        elif run.checkpoint.exists():
+            threads = load_checkpoint(run.checkpoint, run.fingerprint)["threads"]  # with them it ends bit-identical
+            left.append(run if args.threads else run._replace(threads=threads))
+        elif run.path.exists():
+            load_checkpoint(run.path, run.fingerprint)  # refuses now, not after the training
+        else:
+            left.append(run)
+    return left
+
+
+def load_result(run: Run) -> Result:
+    state = load_checkpoint(run.path if run.path.exists() else run.checkpoint, run.fingerprint)
+    history = History(**state["history"])
+    return Result(run.config, run.seed, state["threads"], history, **state.get("result", {}))
+
+
+def load_results(runs) -> dict[str, list[Result]]:
+    """By name, in the order of `runs`."""
+    return {name: [load_result(run) for run in group] for name, group in itertools.groupby(runs, lambda run: run.name)}
+
+
+# ---- Engine: all runs side by side, each scored on the test split once -----------------------------------------------
+def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> dict[str, list[Result]]:
+    """Train all `configs` (default: args.runs) with all `seeds` (args.seeds): {name: results of its seeds}.
+
+    `train(config, data, seed, **settings) -> (model, History)` passes `settings` to `fit`; its data have no test split:
+    that is evaluated here only, once for each run, with the kept weights (test=False: not at all). args.workers
+    processes train side by side; each of torchrun's ranks trains its share, and all return all results. If a run raises
+    an exception, the others go on, and then the exit code is 1.
+    """
+    runs = list_runs(args, data, args.runs if configs is None else configs, seeds or args.seeds, test)
+    share = runs[RANK::WORLD]
+    if args.resume and not any(runs[0].path.parent.glob("*.pt")):
+        print(f"nothing to resume in {runs[0].path.parent}: starting afresh")
+    left = list_unfinished(share, args)
+    workers = min(args.workers, max(1, len(left)))
+    how = f"{workers} at a time, {runs[0].threads} thread(s) each, {args.device.type}, {args.precision}"
+    print(f"{data.name}: {len(left)} of {len(share)} runs to train, {how}", flush=True)
     try:
-        failures = train_runs(work, args, left, resume, results)
+        failures = train_runs(train, data, left, workers)
     except KeyboardInterrupt:
-        saved = [(run, load_result(run)) for run in runs if run.path.exists()]
-        if begun := [(run.name, result) for run, result in saved if result.history.rows]:
-            results = {name: [result for other, result in begun if other == name] for name, _ in begun}
-            write_log(f"{args.stem}.csv", results)
-            save_figure(f"{args.stem}_curves.png", plot_curves(results), "Interrupted: the epochs so far", data.name)
-        print(f"interrupted; --resume continues what is in {folder}", flush=True)
-        sys.exit(130)
+        begun = [run for run in share if run.path.exists() or run.checkpoint.exists()]
+        report_interrupted(load_results(begun), args, data)
+    failures = list(itertools.chain(*gather(failures)))
     if failures:
-        sys.exit(f"{len(failures)} of {len(runs)} runs failed, no results are reported: {'; '.join(sorted(failures))}")
-    return {name: [results[str(run)] for run in runs if run.name == name] for name in configs}
+        message = f"{len(failures)} of {len(runs)} runs failed, no results are reported: {'; '.join(failures)}"
+        sys.exit(1 if RANK else message)
+    return load_results(runs)
 
 
-def train_runs(work, args, runs: list[Run], resume: bool, results: dict) -> list[str]:
-    """Train `runs`, with one progress bar; adds to `results`, by run, and returns lines of what failed."""
-    train, data, *_ = work
+def train_runs(train, data: Dataset, runs: list[Run], workers: int) -> list[str]:
+    """Train `runs`, with one progress bar; returns a line for each that failed."""
     failures = []
-    sizes = {str(run): run.config["epochs"] * len(data.train.labels[: run.config.get("images")]) for run in runs}
+    sizes = {run.path: run.config["epochs"] * len(data.train.labels[: run.config.get("images")]) for run in runs}
     with tqdm(total=sum(sizes.values()), unit=" images", unit_scale=True, disable=None, leave=False) as bar:
 
         def show(images, line=""):
@@ -554,205 +724,242 @@ def train_runs(work, args, runs: list[Run], resume: bool, results: dict) -> list
                 bar.write(line)
                 sys.stdout.flush()  # for who reads a pipe
 
-        if args.workers == 1 and not TORCHRUN:
-            outcomes = ((run, train_run(train, data, run, resume, show)) for run in runs)
-        else:
-            outcomes = train_apart(work, args, runs, resume, show)
-        for run, outcome in outcomes:
-            if isinstance(outcome, str):
-                failures.append(f"{run}: {outcome}")
-                show(0, f"FAILED: {failures[-1]}")
+        in_turn = ((run, train_run(train, data, run, show)) for run in runs)
+        for run, failure in in_turn if workers == 1 else train_in_processes(train, data, runs, workers, show):
+            if failure:
+                failures.append(f"{run}: {failure}")
+                show(0, f"FAILED: {run}: {failure}")
                 continue
-            results[str(run)] = result = load_result(run, outcome)
-            bar.total -= sizes[str(run)] * (1 - len(result.history.rows) / run.config["epochs"])  # it stopped early
-            bar.set_postfix_str(f"{len(results)} runs done")
+            result = load_result(run)
+            bar.total -= sizes[run.path] * (1 - len(result.history.rows) / run.config["epochs"])  # it stopped early
             accuracies = [f"{key} {value:.2f} %" for key, value in result.scores.items() if "accuracy" in key]
             show(0, f"{run}: {', '.join(accuracies)}")
     return failures
 
 
-def train_run(train, data: Dataset, run: Run, resume: bool, show) -> bytes | str:
-    """Train and score a run. Returns its packed result, which its checkpoint holds too, or what failed, in a line."""
-    setup(run.identity["threads"])
-    data = data._replace(train=first(data.train, run.config.get("images")))
-    settings = {
-        "precision": run.identity["precision"],
-        "checkpoint": run.path,
-        "identity": run.identity,
-        "resume": resume,
-        "progress": lambda images, line: show(images, line and f"{run}: {line}"),
-    }
+def train_run(train, data: Dataset, run: Run, show) -> str:
+    """Train and score a run, from its checkpoint on if there is one, and write its result. Returns what failed."""
+    setup(run.threads)
+    data = data._replace(train=head(data.train, run.config.get("images")))
+
+    def progress(images, line=""):
+        show(images, f"{run}: {line}" if line else "")
+
     try:
         run.path.parent.mkdir(exist_ok=True)
-        model, history = train(run.config, data._replace(test=None), run.seed, **settings)
+        model, history = train(
+            run.config,
+            data._replace(test=None),
+            run.seed,
+            precision=run.fingerprint["precision"],
+            checkpoint=run.checkpoint,
+            fingerprint=run.fingerprint,
+            progress=progress,
+        )
         tested, logits = {}, None
-        if run.identity["test"]:
+        if run.fingerprint["test"]:
             loss, accuracy, logits = evaluate(model, data.test)
             tested = {"test_loss": loss, "test_accuracy": accuracy, "train_accuracy": evaluate(model, data.train)[1]}
             logits = logits.cpu()
     except Exception as error:  # of the script or of torch; the other runs go on
         place = traceback.extract_tb(error.__traceback__)[-1]
-        message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return f"{message} ({Path(place.filename).name}, line {place.lineno})"
-    scores = {
-        "seed": run.seed,
-        **tested,
-        "val_accuracy": history.val_accuracy,
-        "epochs": len(history.rows),
-        "best_epoch": history.best_epoch,
-        "seconds": sum(row["seconds"] for row in history.rows),
-        "health": history.health,
-    }
-    size = count_parameters(model)
-    result = {"parameters": size, "history": asdict(history), "scores": scores, "test_logits": logits}
-    write_file(run.path, pack(run.identity, result=result, best=model.state_dict()))
-    return pack(run.identity, result=result)
+        return f"{in_a_line(error)} ({Path(place.filename).name}, line {place.lineno})"
+    course = {"epochs": len(history.rows), "best_epoch": history.best_epoch}
+    seconds = sum(row["seconds"] for row in history.rows)
+    scores = {"seed": run.seed, **tested, "val_accuracy": history.val_accuracy, **course, "seconds": seconds}
+    result = {"parameters": count_parameters(model), "scores": {**scores, "health": history.health}}
+    kept = {"history": asdict(history), "best": model.state_dict()}
+    save_checkpoint(run.path, run.fingerprint, result={**result, "test_logits": logits}, **kept)
+    run.checkpoint.unlink(missing_ok=True)
+    return ""
 
 
-def load_result(run: Run, content: bytes | None = None) -> Result:
-    """The result in a run's checkpoint, or packed in `content`; without scores if the run is not finished."""
-    state = load_checkpoint(run.path, run.identity, content)
-    result = state.get("result") or {"parameters": 0, "history": state["history"], "scores": {}}
-    return Result(run.config, run.seed, **{**result, "history": History(**result["history"])})
-
-
-# Workers, processes of this machine and ranks of torchrun alike, look in a store of torch.distributed for the list of
-# runs, claim one and leave its result there. A worker whose process has ended starts again with the run it claimed.
-# Keys and results hold the identity of a run, so that no result can be taken for another.
-@functools.cache
-def torchrun_store():
-    """(the store of torchrun's agent, which outlives the ranks; how many times this rank has started)."""
-    from torch.distributed import TCPStore
-
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
-    if RANK == 0:
-        store.delete_key("end")
-        atexit.register(store.set, "end", "now")
-    return store, store.add(f"starts of rank {RANK}", 1)
-
-
-def key_of(what: str, run: Run) -> str:
-    world = os.environ.get("WORLD_SIZE", "")  # if torchrun goes on with fewer ranks, old claims are void
-    return f"{what} of {world} {json.dumps(run.identity, sort_keys=True)}"
-
-
-def train_apart(work, args, runs: list[Run], resume: bool, show):
-    """Yield (run, outcome of `train_run`) as workers finish them."""
-    from torch.distributed import TCPStore
-
-    store = torchrun_store()[0] if TORCHRUN else TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    for tensor in itertools.chain(*work[1][:3]):
-        tensor.share_memory_()  # the processes map it instead of copying it
+def train_in_processes(train, data: Dataset, runs: list[Run], workers: int, show):
+    """Yield (run, what failed) as `workers` processes finish the runs; `show` gets their progress."""
     context = torch.multiprocessing.get_context("spawn")
-    processes = {}
-    left = list(runs)
-    slots = ["rank 0"] if TORCHRUN else [f"worker {i}" for i in range(min(args.workers, len(runs)))]
-    images = store.add("images", 0)
-    lines = store.add("lines", 0)
-    store.set("list", json.dumps([(*run[:4], resume) for run in runs]))
-    try:
-        while left:
-            for slot in slots:
-                code = processes[slot].exitcode if slot in processes else 0
-                if code is None:
-                    continue
-                if slot in processes and not store.delete_key(f"{slot} is ready"):
-                    sys.exit(f"worker processes end at their start, exit code {code}; --workers 1 needs none")
-                processes[slot] = context.Process(target=serve, args=(slot, code, store.port, *work), daemon=True)
-                processes[slot].start()
-            before = images
-            images = store.add("images", 0)
-            show(images - before)
-            while store.check([f"line {lines + 1}"]):
-                lines += 1
-                show(0, store.get(f"line {lines}").decode())
-            for run in [run for run in left if store.check([key_of("result", run)])]:
-                left.remove(run)
-                outcome = store.get(key_of("result", run))
-                yield run, outcome if outcome.startswith(b"PK") else outcome.decode()  # a zip file, or a line
-            time.sleep(0.05)
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.join()
+    messages = context.SimpleQueue()
+    for tensor in itertools.chain(*data[:3]):
+        tensor.share_memory_()  # the processes map it instead of copying it
+    with ProcessPoolExecutor(workers, context, start_worker, (train, data, messages)) as pool:
+        try:
+            left = {pool.submit(train_in_worker, run): run for run in runs}
+            while left:
+                done, _ = wait(left, timeout=0.1, return_when=FIRST_COMPLETED)
+                while not messages.empty():
+                    show(*messages.get())
+                for future in done:
+                    yield left.pop(future), future.result()
+        except BrokenProcessPool:
+            sys.exit("a worker process was killed, probably out of memory: try --workers 1; --resume continues")
+        except BaseException:  # Ctrl-C, or a full disk
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
-def serve(slot: str, code, port: int | None, train, data: Dataset, environment: dict, folder: str):
-    """A worker: trains runs of the list until its process is ended. `code`: the exit code of the process before it in
-    this slot; `port`: of this machine's store, None under torchrun."""
-    from torch.distributed import TCPStore
-
-    if parent := multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, without which it ends, too
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    store = TCPStore("localhost", port, wait_for_workers=False) if port else torchrun_store()[0]
-
-    def show(images, line):
-        store.add("images", images)
-        if line:
-            store.set(f"line {store.add('lines', 1)}", line)
-
-    store.set(f"{slot} is ready", "")
-    while not store.check(["end"]):
-        run, resume, again = claim_run(slot, store, environment, folder)
-        if run is None:
-            time.sleep(0.1)
-            continue
-        if again and store.add(key_of("ends", run), 1) == 2:
-            outcome = f"its process ended twice, exit code {code}"
-        else:
-            try:
-                outcome = train_run(train, data, run, resume or again, show)
-            except SystemExit as error:  # a full disk, say
-                outcome = str(error.code)
-        store.set(key_of("result", run), outcome)
-    sys.exit(0)
+WORK = []  # of a worker process: train, data, messages; sent once, not with each run
 
 
-def claim_run(slot: str, store, environment: dict, folder: str):
-    """A run of the list that nobody has claimed, or that this slot has claimed before its process ended (else None);
-    whether to resume it; whether it was claimed before."""
-    for *fields, resume in json.loads(store.get("list")) if store.check(["list"]) else ():
-        run = Run(*fields, folder)
-        if different := [key for key, value in environment.items() if run.identity[key] != value]:
-            sys.exit(f"{slot} has other {' and '.join(different)} than the first process")
-        again = store.check([key_of("claim", run)])
-        claimed = store.compare_set(key_of("claim", run), "", slot).decode() == slot
-        if claimed and not store.check([key_of("result", run)]):
-            return run, resume, again
-    return None, False, False
+def start_worker(*work):
+    WORK[:] = work
+    follow_first_process()
 
 
-# ---- Plots: each function returns a Figure, which `save_figure` titles and writes ------------------------------------
+def train_in_worker(run: Run) -> str:
+    train, data, messages = WORK
+    return train_run(train, data, run, lambda *progress: messages.put(progress))
+
+
+# ---- Results: files first, then the table, then the plots ------------------------------------------------------------
+def mean_std(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (None for a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if values[1:] else None
+
+
+def test_accuracies(results: list[Result]) -> list[float]:
+    """Test accuracy of each, in percent."""
+    return [result.scores["test_accuracy"] for result in results]
+
+
+def format_accuracy(values: list[float]) -> str:
+    """Accuracies of seeds as "99.27 ± 0.05 %", mean and standard deviation, or "99.27 %" of one seed."""
+    mean, std = mean_std(values)
+    return f"{mean:.2f} %" if std is None else f"{mean:.2f} ± {std:.2f} %"
+
+
+def summarize(results: dict[str, list[Result]]) -> str:
+    """The test accuracy of all runs, for a title."""
+    texts = [f"{name} {format_accuracy(test_accuracies(group))}" for name, group in results.items()]
+    count = len(next(iter(results.values())))
+    return f"Test accuracy: {'; '.join(texts)} ({count}\xa0seed{'s' if count > 1 else ''})"
+
+
+def report(results: dict[str, list[Result]], args, data: Dataset, plots: dict[str, tuple], expected_to_diverge=()):
+    """Write <stem>.csv and <stem>.json, print the table of results, and write `plots`, {what: (title, function that
+    returns a figure, *its arguments)}, as <stem>_<what>.png. A run that diverged, unless it is expected to, then ends
+    the program with exit code 1."""
+    write_log(f"{args.stem}.csv", results)
+    write_results(f"{args.stem}.json", results, args, data)
+    print_table(results, data.name)
+    print(f"log, results and plots: {args.stem}*")
+    for what, (title, plot, *arguments) in plots.items():
+        save_plot(f"{args.stem}_{what}.png", title, data.name, plot, *arguments)
+    diverged = [name for name, group in results.items() if any(result.history.diverged for result in group)]
+    if unexpected := [name for name in diverged if name not in expected_to_diverge]:
+        sys.exit(f"training diverged: {', '.join(unexpected)}; a lower --lr may help")
+
+
+def report_interrupted(results: dict[str, list[Result]], args, data: Dataset):
+    """Write the log and the curves of the epochs so far, and end the program."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C
+    if any(result.history.rows for group in results.values() for result in group):
+        write_log(f"{args.stem}.csv", results)
+        save_plot(f"{args.stem}_curves.png", "Interrupted: the epochs so far", data.name, plot_curves, results)
+    print(f"interrupted; --resume continues what is in {args.stem}_runs", flush=True)
+    sys.exit(130)
+
+
+def write_csv(path: Path | str, rows: list[dict]):
+    """A table with the keys of the first row as its header; floats have six digits."""
+    writer = csv.DictWriter(file := io.StringIO(), rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_file(path, file.getvalue().encode())
+
+
+def write_log(path: Path | str, results: dict[str, list[Result]]):
+    """The training log: a row for each run and epoch."""
+    runs = [(name, result) for name, group in results.items() for result in group]
+    write_csv(path, [{"run": name, "seed": run.seed, **row} for name, run in runs for row in run.history.rows])
+
+
+def write_results(path: Path | str, results: dict[str, list[Result]], args, data: Dataset):
+    """The results file; "threads" is a list if runs had different numbers."""
+    runs = {}
+    for name, group in results.items():
+        mean, std = mean_std(test_accuracies(group))
+        entry = {"parameters": group[0].parameters, "config": group[0].config}
+        runs[name] = {**entry, "seeds": [result.scores for result in group], "mean": mean, "std": std}
+    sizes = {name: len(getattr(data, name).labels) for name in ("train", "val", "test")}
+    threads = sorted({result.threads for group in results.values() for result in group})
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    machine = {"device": args.device.type, "threads": threads[0] if len(threads) == 1 else threads}
+    environment = {**versions, **machine, "precision": args.precision}
+    contents = {"script": args.script, "data": {"source": data.name, **sizes}, "environment": environment, "runs": runs}
+    write_file(path, (json.dumps(json_ready(contents), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def json_ready(value):
+    """`value` with floats rounded to four digits. JSON has no NaN or infinity; write null."""
+    if isinstance(value, dict):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    return value
+
+
+def print_table(results: dict[str, list[Result]], dataset: str):
+    """Test accuracy and diagnosis of each run."""
+    width = max(map(len, results))
+    seeds = max(map(len, results.values()))
+    print(f"\n{dataset}, {seeds} seed(s)\n{'run':<{width}}  parameters   test accuracy     health")
+    for name, group in results.items():
+        counts = Counter(alarm for result in group for alarm in alarm_names(result.history.health[:1]))  # the diagnosis
+        alarms = ", ".join(f"{alarm} ({count}x)" for alarm, count in counts.items()) or "no alarm"
+        print(f"{name:<{width}}{group[0].parameters:>12,}   {format_accuracy(test_accuracies(group)):<18}{alarms}")
+
+
+# ---- Plots: each function returns a Figure, which `save_plot` titles and writes --------------------------------------
 # Okabe and Ito's colours, which colour-blind readers can tell apart (jfly.uni-koeln.de/color).
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3}
+
+
+def save_plot(path: Path | str, title: str, dataset: str, plot, *arguments):
+    """Write `plot(*arguments)`, a Figure, as PNG with its title, which names the data set if it is not MNIST. A plot
+    that fails is one line on stderr: it is no result."""
+    if RANK:
+        return
+    try:
+        import matplotlib  # late: --help need not wait for it
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()  # a matplotlibrc may ask for what is not here, LaTeX for instance
+            matplotlib.rcParams.update(STYLE)
+            figure = plot(*arguments)
+            title = title if dataset == "MNIST" else f"[{dataset}] {title}"
+            title = title.replace(" ± ", "\xa0±\xa0").replace(" %", "\xa0%")  # so that no line breaks in an accuracy
+            figure.suptitle(textwrap.fill(title, int(8.5 * figure.get_figwidth())), fontweight="bold")
+            figure.savefig(buffer := io.BytesIO(), format="png", dpi=110)
+    except Exception as error:
+        print(f"cannot draw {path}: {in_a_line(error)}", file=sys.stderr)
+        return
+    write_file(path, buffer.getvalue())
 
 
 def new_figure(width: float, height: float):
     """An empty matplotlib Figure, sizes in inches."""
-    import matplotlib.figure  # late: --help need not wait for it
+    import matplotlib.figure
 
-    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3})
     return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
-
-
-def save_figure(path: Path | str, figure, title: str, dataset: str):
-    """Write a figure as PNG with its title, which names the data set if it is not MNIST."""
-    title = title if dataset == "MNIST" else f"[{dataset}] {title}"
-    title = title.replace(" ± ", "\xa0±\xa0").replace(" %", "\xa0%")  # so that no line breaks in an accuracy
-    figure.suptitle(textwrap.fill(title, int(8.5 * figure.get_figwidth())), fontweight="bold")
-    figure.savefig(buffer := io.BytesIO(), format="png", dpi=110)
-    write_file(path, buffer.getvalue())
 
 
 def accuracy_axis(axes, name="y"):
     """Scale an axis of accuracies (%) by the logarithm of the error: 10 and 99.5 are both legible."""
-    scale = lambda accuracy: -np.log(np.maximum(100.02 - accuracy, 0.01))
-    getattr(axes, f"set_{name}scale")("function", functions=(scale, lambda y: 100.02 - np.exp(-y)))
-    low, high = getattr(axes, f"get_{name}lim")()
+
+    def scale(accuracy):
+        return -np.log(np.maximum(100.02 - accuracy, 0.01))
+
+    def inverse(y):
+        return 100.02 - np.exp(-y)
+
+    set_scale, axis = (axes.set_yscale, axes.yaxis) if name == "y" else (axes.set_xscale, axes.xaxis)
+    set_scale("function", functions=(scale, inverse))
+    low, high = axis.get_view_interval()
     ticks = np.arange(99, 100, 0.1) if low > 98 else [0, 50, 80, 90, 95, 97, 98, 99, 99.5, 99.8, 100]
-    axis = getattr(axes, f"{name}axis")
     axis.set_ticks([tick for tick in ticks if low <= tick <= high], minor=False)
     axis.set_major_formatter("{x:g}")
 
@@ -780,17 +987,17 @@ def plot_curves(results: dict[str, list[Result]]):
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         axes.set_yscale("linear" if quantity == "accuracy" else "log")
         ends = []
-        for (i, (name, seeds)), part in itertools.product(enumerate(results.items()), ("train", "val")):
+        for (i, (name, group)), part in itertools.product(enumerate(results.items()), ("train", "val")):
             color = COLORS[(i + (single and part == "val")) % len(COLORS)]
             style = "-" if single or part == "val" else "--"
-            lines = [[row[f"{part}_{quantity}"] for row in seed.history.rows] for seed in seeds]
+            lines = [[row[f"{part}_{quantity}"] for row in result.history.rows] for result in group]
             columns = [[y for y in column if y is not None] for column in itertools.zip_longest(*lines)]
             epochs = range(1, len(columns) + 1)
             means = [statistics.fmean(column) for column in columns]
             axes.plot(epochs, means, style, color=color, lw=2)
             axes.fill_between(epochs, [*map(min, columns)], [*map(max, columns)], color=color, alpha=0.15, lw=0)
             if part == "val":
-                best = [seed.history.best_epoch for seed in seeds]
+                best = [result.history.best_epoch for result in group]
                 kept = [line[epoch - 1] for line, epoch in zip(lines, best, strict=True)]
                 axes.plot(best, kept, MARKERS[i % len(MARKERS)], fillstyle="none", color=color)
             if (single or part == "val") and math.isfinite(means[-1]):
@@ -806,105 +1013,16 @@ def plot_curves(results: dict[str, list[Result]]):
     return figure
 
 
-# ---- Reports ---------------------------------------------------------------------------------------------------------
-def mean_std(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (None for a single value)."""
-    return statistics.fmean(values), statistics.stdev(values) if values[1:] else None
-
-
-def test_accuracies(seeds: list[Result]) -> list[float]:
-    """Test accuracy of each seed, in percent."""
-    return [seed.scores["test_accuracy"] for seed in seeds]
-
-
-def format_accuracy(values: list[float]) -> str:
-    """Accuracies of seeds as "99.27 ± 0.05 %", mean and standard deviation, or "99.27 %" of one seed."""
-    mean, std = mean_std(values)
-    return f"{mean:.2f} %" if std is None else f"{mean:.2f} ± {std:.2f} %"
-
-
-def summarize(results: dict[str, list[Result]]) -> str:
-    """The test accuracy of all runs, for a title."""
-    texts = [f"{name} {format_accuracy(test_accuracies(seeds))}" for name, seeds in results.items()]
-    seeds = len(next(iter(results.values())))
-    return f"Test accuracy: {'; '.join(texts)} ({seeds}\xa0seed{'s' if seeds > 1 else ''})"
-
-
-def write_csv(path: Path | str, rows: list[dict]):
-    """A table with the keys of the first row as its header; floats have six digits."""
-    writer = csv.DictWriter(file := io.StringIO(), rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_file(path, file.getvalue().encode())
-
-
-def write_log(path: Path | str, results: dict[str, list[Result]]):
-    """The training log: a row for each run and epoch."""
-    seeds = [(name, seed) for name, seeds in results.items() for seed in seeds]
-    write_csv(path, [{"run": name, "seed": seed.seed, **row} for name, seed in seeds for row in seed.history.rows])
-
-
-def to_json(value):
-    """`value` with floats rounded to four digits. JSON has no NaN or infinity; write null."""
-    if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
-    if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
-    return value
-
-
-def alarm_names(health: list[str]) -> list[str]:
-    """Alarms without their layers."""
-    return [alarm.partition(" (")[0] for alarm in health]
-
-
-def report(results: dict[str, list[Result]], args, data: Dataset, expected_to_diverge=()):
-    """Write <stem>.csv and <stem>.json and print the table of results. A run that diverged, unless it is expected to,
-    ends the program with exit code 1 after all is written."""
-    write_log(f"{args.stem}.csv", results)
-    runs, diverged = {}, []
-    width = max(map(len, results))
-    print(f"\n{data.name}, {len(args.seeds)} seed(s)\n{'run':<{width}}  parameters   test accuracy     health")
-    for name, seeds in results.items():
-        accuracies = test_accuracies(seeds)
-        mean, std = mean_std(accuracies)
-        size, config = seeds[0].parameters, seeds[0].config
-        scores = [seed.scores for seed in seeds]
-        runs[name] = {"parameters": size, "config": config, "seeds": scores, "mean": mean, "std": std}
-        if name not in expected_to_diverge and any(seed.history.diverged for seed in seeds):
-            diverged.append(name)
-        counts = Counter(alarm for seed in seeds for alarm in alarm_names(seed.history.health[:1]))  # the diagnosis
-        alarms = ", ".join(f"{alarm} ({count}x)" for alarm, count in counts.items()) or "no alarm"
-        print(f"{name:<{width}}{size:>12,}   {format_accuracy(accuracies):<18}{alarms}")
-    print(f"log, results and plots: {args.stem}*")
-    sizes = {name: len(getattr(data, name).labels) for name in ("train", "val", "test")}
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    environment = {**versions, "device": args.device.type, "threads": args.threads, "precision": args.precision}
-    contents = {"script": args.script, "data": {"source": data.name, **sizes}, "environment": environment, "runs": runs}
-    write_file(f"{args.stem}.json", (json.dumps(to_json(contents), indent=1, ensure_ascii=False) + "\n").encode())
-    if diverged:
-        sys.exit(f"training diverged: {', '.join(diverged)}; a lower --lr may help")
-
-
-def health_claims(intended: dict[str, str], results: dict[str, list[Result]]) -> list[tuple[str, bool]]:
-    """For `check_claims`: `intended` names the alarm that every run of a name sets off; all others set off none."""
-    claims = []
-    for name, seed in [(name, seed) for name, seeds in results.items() for seed in seeds]:
-        wanted = intended.get(name)
-        found = alarm_names(seed.history.health)
-        claims.append((f"{name}, seed {seed.seed}: {wanted or 'no alarm'}", wanted in found if wanted else not found))
-    return claims
-
-
-def check_claims(claims: list[tuple[str, bool]]):
-    """Print what a script claims and whether it is so; exit code 1 if something is not."""
-    for claim, holds in claims:
-        print(f"{'yes' if holds else 'NO':<4}{claim}")
-    if not all(holds for _, holds in claims):
-        sys.exit("failure not reproduced: see the lines with NO")
-    print("failure reproduced")
+def draw_images(axes, images, columns, captions=()):
+    """Images (N, 1, 28, 28) in rows of `columns`, dark on light as on paper, below captions of two short lines."""
+    top, rows = (14 if captions else 2), max(1, math.ceil(len(images) / columns))
+    tiles = F.pad(images.cpu(), (2, 2, top, 2, 0, 0, 0, rows * columns - len(images)))
+    tiles = tiles.view(rows, columns, 30 + top, 32).transpose(1, 2).flatten(2)
+    axes.imshow(tiles.flatten(0, 1).numpy(), cmap="gray_r", vmin=0, vmax=255)
+    for i, caption in enumerate(captions):
+        x, y = 32 * (i % columns) + 16, (30 + top) * (i // columns) + top
+        axes.text(x, y, caption, ha="center", va="bottom", fontsize=9)
+    axes.axis("off")
 
 
 # ---- Synthetic digits: drawn with a pen, for machines without MNIST --------------------------------------------------

@@ -10,14 +10,14 @@ Run     python q1_baseline.py               three minutes on two CPU cores
         python q1_baseline.py --predict photo.jpg     classifies your own handwriting, once a network is trained
 """
 
-import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.lr_scheduler import StepLR
 
 import common
 
@@ -38,48 +38,13 @@ RUNS = {
 DISPUTED = {947, 1621, 1901, 2130, 2462, 2597, 2654, 3520, 3558, 5937, 6651, 6783, 8527, 9679, 9729}
 
 
-def baseline_cnn(dropout: float = 0.5) -> nn.Sequential:
-    """The baseline: (B, 1, 28, 28) -> logits (B, 10), with 421,642 parameters.
-
-    Max-pool stands before ReLU: the two commute, and ReLU has a quarter of the work.
-    """
-    return nn.Sequential(
-        *[nn.Conv2d(1, 32, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()],  # -> (B, 32, 14, 14)
-        *[nn.Conv2d(32, 64, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()],  # -> (B, 64, 7, 7)
-        nn.Flatten(),  # -> (B, 3136)
-        *[nn.Linear(3136, 128), nn.ReLU(), nn.Dropout(dropout)],
-        nn.Linear(128, 10),
-    )
-
-
-def print_layers(model):
-    """Print a table of the layers of a chain with their output shapes, without the batch, and parameters."""
-    print(f"{'layer':<18} {'output shape':<14} {'parameters':>10}")
-    x = torch.zeros(2, 1, 28, 28)
-    for layer in model:
-        x = layer(x)
-        shape = " x ".join(map(str, x.shape[1:]))
-        print(f"{type(layer).__name__:<18} {shape:<14} {common.count_parameters(layer):>10,}")
-    print(f"{'total':<33} {common.count_parameters(model):>10,}\n")
-
-
 def train(config, data, seed, **settings):
     torch.manual_seed(seed)
-    model = baseline_cnn(dropout=0.5)
+    model = common.baseline_cnn(dropout=0.5)
     model.to(data.train.labels.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
-    steps = math.ceil(len(data.train.labels) / config["batch_size"])
-    return model, common.fit(
-        model,
-        data,
-        optimizer,
-        epochs=config["epochs"],
-        batch_size=config["batch_size"],
-        seed=seed,
-        scheduler=torch.optim.lr_scheduler.StepLR(optimizer, steps, config["decay"]),
-        patience=config["patience"],
-        **settings,
-    )
+    scheduler = StepLR(optimizer, data.steps(config["batch_size"]), config["decay"])
+    return model, common.fit(model, data, optimizer, config, seed=seed, scheduler=scheduler, **settings)
 
 
 def count_confusions(logits, labels):
@@ -107,26 +72,14 @@ def plot_confusion(counts):
     return figure
 
 
-def draw_images(axes, images, columns, captions=()):
-    """Images (N, 1, 28, 28) in rows of `columns`, dark on light as on paper, below captions of two short lines."""
-    top, rows = (14 if captions else 2), max(1, math.ceil(len(images) / columns))
-    tiles = F.pad(images.cpu(), (2, 2, top, 2, 0, 0, 0, rows * columns - len(images)))
-    tiles = tiles.view(rows, columns, 30 + top, 32).transpose(1, 2).flatten(2)
-    axes.imshow(tiles.flatten(0, 1).numpy(), cmap="gray_r", vmin=0, vmax=255)
-    for i, caption in enumerate(captions):
-        x, y = 32 * (i % columns) + 16, (30 + top) * (i // columns) + top
-        axes.text(x, y, caption, ha="center", va="bottom", fontsize=9)
-    axes.axis("off")
-
-
-def plot_samples(train):
+def plot_samples(split):
     """Ten training images of each digit."""
-    shown = train.images.new_zeros(10, 10, 1, 28, 28)
+    shown = split.images.new_zeros(10, 10, 1, 28, 28)
     for digit in range(10):
-        images = train.images[train.labels == digit][:10]
+        images = split.images[split.labels == digit][:10]
         shown[digit, : len(images)] = images
     figure = common.new_figure(7, 7.5)
-    draw_images(figure.subplots(), shown.flatten(0, 1), columns=10)
+    common.draw_images(figure.subplots(), shown.flatten(0, 1), columns=10)
     return figure
 
 
@@ -138,8 +91,36 @@ def plot_mistakes(logits, test, disputed=()):
     notes = ["label disputed" if i in disputed else f"{100 * confidence[i]:.1f} %" for i in shown.tolist()]
     captions = [f"{test.labels[i]}, predicted {predicted[i]}\n{note}" for i, note in zip(shown, notes, strict=True)]
     figure = common.new_figure(10, 7.5)
-    draw_images(figure.subplots(), test.images[shown], columns=8, captions=captions)
+    common.draw_images(figure.subplots(), test.images[shown], columns=8, captions=captions)
     return figure
+
+
+def main(argv=None):
+    photos = {"nargs": "+", "metavar": "PHOTO", "help": "classify the digits in these files with the best network"}
+    args = common.parse_args(__file__, __doc__, RUNS, argv, options={"--predict": photos})
+    if args.predict:
+        predict(args.predict, args.stem)
+    data = common.load_data(args)
+    common.print_layers(common.baseline_cnn())
+    results = common.run_all(train, args, data)
+
+    group = next(iter(results.values()))  # of the baseline, unless --only says otherwise
+    best = max(group, key=lambda result: result.history.val_accuracy)
+    test = common.Split(data.test.images.cpu(), data.test.labels.cpu())
+    counts = count_confusions(best.test_logits, test.labels)
+    wrong = len(test.labels) - counts.trace().item()
+    mistakes = f"The {min(wrong, 40)} of {wrong} misclassified test digits with the highest confidence"
+    disputed = DISPUTED if data.name == "MNIST" else ()
+    plots = {
+        "samples": ("Ten training images of each digit", plot_samples, data.train),
+        "curves": (common.summarize(results), common.plot_curves, results),
+        "confusion": (f"{wrong} of {len(test.labels):,} test digits are misclassified", plot_confusion, counts),
+        "mistakes": (mistakes, plot_mistakes, best.test_logits, test, disputed),
+    }
+    common.report(results, args, data, plots)
+    print(f"most confused pairs, seed {best.seed}:")
+    for true, predicted, count in most_confused(counts):
+        print(f"  {true} predicted as {predicted}: {count}x")
 
 
 # ---- Predictions for photos ------------------------------------------------------------------------------------------
@@ -221,7 +202,7 @@ def best_network(folder):
     finished = [state for state in states if "result" in state]
     if not finished:
         sys.exit(f"no trained network in {folder}; python q1_baseline.py trains one in three minutes")
-    model = baseline_cnn()
+    model = common.baseline_cnn()
     model.load_state_dict(max(finished, key=lambda state: state["result"]["scores"]["val_accuracy"])["best"])
     return model.eval()
 
@@ -261,46 +242,9 @@ def predict(paths, stem):
             print(f"WARNING: {path} shows several digits; this is the largest", file=sys.stderr)
         shown.append((Path(path).name, photo, image, probabilities))
     if shown:
-        figure = plot_predictions(shown[:20])
-        common.save_figure(
-            f"{stem}_predictions.png", figure, "Photo, what the network gets, and its prediction", "MNIST"
-        )
+        title = "Photo, what the network gets, and its prediction"
+        common.save_plot(f"{stem}_predictions.png", title, "MNIST", plot_predictions, shown[:20])
     sys.exit(len(shown) < len(paths))
-
-
-def main(argv=None):
-    photos = {
-        "nargs": "+",
-        "metavar": "PHOTO",
-        "help": "classify the digits in these files with the best trained network",
-    }
-    args = common.parse_args(__file__, __doc__, RUNS, argv, options={"--predict": photos})
-    if args.predict:
-        predict(args.predict, args.stem)
-    data = common.load_data(args)
-    print_layers(baseline_cnn())
-    results = common.run_all(train, args, data)
-
-    seeds = next(iter(results.values()))  # of the baseline, unless --only says otherwise
-    best = max(seeds, key=lambda seed: seed.history.val_accuracy)
-    test = common.Split(data.test.images.cpu(), data.test.labels.cpu())
-    counts = count_confusions(best.test_logits, test.labels)
-    wrong = len(test.labels) - counts.trace().item()
-    figures = {
-        "samples": (plot_samples(data.train), "Ten training images of each digit"),
-        "curves": (common.plot_curves(results), common.summarize(results)),
-        "confusion": (plot_confusion(counts), f"{wrong} of {len(test.labels):,} test digits are misclassified"),
-        "mistakes": (
-            plot_mistakes(best.test_logits, test, DISPUTED if data.name == "MNIST" else ()),
-            f"The {min(wrong, 40)} of {wrong} misclassified test digits with the highest confidence",
-        ),
-    }
-    for what, (figure, title) in figures.items():
-        common.save_figure(f"{args.stem}_{what}.png", figure, title, data.name)
-    print(f"most confused pairs, seed {best.seed}:")
-    for true, predicted, count in most_confused(counts):
-        print(f"  {true} predicted as {predicted}: {count}x")
-    common.report(results, args, data)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,6 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 import common
-from q2_variants.variant3_advanced_combo import advanced_combo_cnn
-from q2_variants.variant4_under_25k import random_affine
 
 PUBLISHED = {"optimizer": "Adam", "lr": 1e-3, "batch_size": 64, "dropout": 0.5, "init": "He"}
 RUNS = {"published": {**PUBLISHED, "epochs": 3}}
@@ -62,33 +60,25 @@ BEST = 2  # configurations of the study that become finalists
 SGD = {"optimizer": "SGD", "lr": 0.01}  # published: "reaches about 99 %, but needs more epochs"
 COMPARED_EPOCHS = 6  # of the comparison of that with Adam
 GOALS = 98, 98.5, 99  # validation accuracies whose first epoch is compared
-AUGMENT = partial(random_affine, degrees=[10], shift=2, scale=0.1)
 
 
 def train(config, data, seed, **settings):
     """ "improved": with augmentation and a one-cycle schedule."""
     torch.manual_seed(seed)
-    model = advanced_combo_cnn(dropout=config["dropout"])
+    model = common.advanced_combo_cnn(dropout=config["dropout"])
     for layer in model:
         if isinstance(layer, nn.Conv2d):
             INITS[config["init"]](layer)
     model.to(data.train.labels.device, memory_format=torch.channels_last)
     optimizer = OPTIMIZERS[config["optimizer"]](model.parameters(), lr=config["lr"])
-    scheduler = None
+    scheduler = augment = None
     if config["improved"]:
-        steps = config["epochs"] * math.ceil(len(data.train.labels) / config["batch_size"])
+        augment = partial(common.random_affine, **common.ROTATE_AND_SHIFT)
+        steps = config["epochs"] * data.steps(config["batch_size"])
         # Cycling the momentum, too, would give RMSprop one that it did not have in the study.
         scheduler = OneCycleLR(optimizer, config["lr"], steps, cycle_momentum=False)
     return model, common.fit(
-        model,
-        data,
-        optimizer,
-        epochs=config["epochs"],
-        batch_size=config["batch_size"],
-        seed=seed,
-        scheduler=scheduler,
-        augment=AUGMENT if config["improved"] else None,
-        **settings,
+        model, data, optimizer, config, seed=seed, scheduler=scheduler, augment=augment, **settings
     )
 
 
@@ -123,13 +113,13 @@ def study_of(base):
     return by_name(config for key in TERMS for configs in candidates(key, base).values() for config in configs)
 
 
-def accuracies(seeds):
-    """Validation accuracy of the kept weights of each seed."""
-    return [seed.history.val_accuracy for seed in seeds]
+def accuracies(results):
+    """Validation accuracy of the kept weights of each."""
+    return [result.history.val_accuracy for result in results]
 
 
-def mean_accuracy(seeds):
-    return statistics.fmean(accuracies(seeds))
+def mean_accuracy(results):
+    return statistics.fmean(accuracies(results))
 
 
 def best_first(results):
@@ -160,7 +150,7 @@ def two_standard_errors(first, second):
     """Of the difference between the mean accuracies of two lists of results; infinite for single seeds."""
     if min(len(first), len(second)) < 2:
         return math.inf
-    return 2 * math.sqrt(sum(statistics.variance(accuracies(seeds)) / len(seeds) for seeds in (first, second)))
+    return 2 * math.sqrt(sum(statistics.variance(accuracies(group)) / len(group) for group in (first, second)))
 
 
 def conclusion(finalists, base):
@@ -187,7 +177,7 @@ def print_study(base, found):
     """For each hyperparameter the accuracies of its values, which is best, and what ties with it."""
     # Two seeds say little about one configuration's standard deviation; those of all configurations say enough. A tie
     # is a difference of less than two standard errors between two means of two seeds.
-    stds = [statistics.stdev(accuracies(seeds)) for seeds in found.values() if len(seeds) > 1]
+    stds = [statistics.stdev(accuracies(group)) for group in found.values() if len(group) > 1]
     tie = 2 * statistics.median(stds) if stds else math.inf
     for key in TERMS:
         best = best_by_value(key, base, found)
@@ -208,49 +198,54 @@ def print_study(base, found):
 def print_finalists(finalists):
     selected = next(iter(finalists.values()))
     print("\nfinalists by validation accuracy")
-    for name, seeds in finalists.items():
-        gap = mean_accuracy(selected) - mean_accuracy(seeds)
-        note = "   tie with the best" if 0 < gap < two_standard_errors(selected, seeds) else ""
-        print(f"  {name}: {common.format_accuracy(accuracies(seeds))}{note}")
+    for name, group in finalists.items():
+        gap = mean_accuracy(selected) - mean_accuracy(group)
+        note = "   tie with the best" if 0 < gap < two_standard_errors(selected, group) else ""
+        print(f"  {name}: {common.format_accuracy(accuracies(group))}{note}")
     print()
 
 
-def first_epochs(seeds, goal):
+def first_epochs(results, goal):
     """When validation accuracy first reached `goal` percent, in words: the mean epoch of the seeds."""
     epochs = []
-    for seed in seeds:
-        epochs += [row["epoch"] for row in seed.history.rows if row["val_accuracy"] >= goal][:1]
-    if len(epochs) < len(seeds):
-        return f"{goal} % by {len(epochs)} of {len(seeds)} seeds"
+    for result in results:
+        epochs += [row["epoch"] for row in result.history.rows if row["val_accuracy"] >= goal][:1]
+    if len(epochs) < len(results):
+        return f"{goal} % by {len(epochs)} of {len(results)} seeds"
     return f"{goal} % in epoch {statistics.fmean(epochs):.1f}"
 
 
 # ---- Plots -----------------------------------------------------------------------------------------------------------
+def spreads(base, found):
+    """{hyperparameter: how far apart the mean accuracies of its values are}, the least first."""
+    widths = {}
+    for key, term in TERMS.items():
+        means = [mean_accuracy(found[name_of(config)]) for config in best_by_value(key, base, found).values()]
+        widths[term] = max(means) - min(means)
+    return dict(sorted(widths.items(), key=lambda item: item[1]))
+
+
 def plot_hyperparameters(base, found):
     """A panel for each hyperparameter: validation accuracy by its value, each at its best learning rate where that is
-    a nuisance; points for seeds, crosses for those that diverged. Returns the figure and its finding."""
+    a nuisance; points for seeds, crosses for those that diverged."""
     figure = common.new_figure(15, 5)
     panels = figure.subplots(1, len(TERMS), sharey=True)
-    spreads = {}
     for axes, key in zip(panels, TERMS, strict=True):
         best = best_by_value(key, base, found)
         means = [mean_accuracy(found[name_of(config)]) for config in best.values()]
         for x, config in enumerate(best.values()):
-            for seed in found[name_of(config)]:
-                marker, color = ("X", common.COLORS[1]) if seed.history.diverged else ("o", common.COLORS[0])
-                axes.plot(x, seed.history.val_accuracy, marker, color=color, fillstyle="none")
+            for result in found[name_of(config)]:
+                marker, color = ("X", common.COLORS[1]) if result.history.diverged else ("o", common.COLORS[0])
+                axes.plot(x, result.history.val_accuracy, marker, color=color, fillstyle="none")
         axes.plot(means, color="0.7", zorder=0)
         tuned = any(len(configs) > 1 for configs in candidates(key, base).values())
         ticks = [f"{value}\nat {config['lr']:g}" if tuned else value for value, config in best.items()]
         axes.set_xticks(range(len(best)), ticks, rotation=45 if key == "lr" else 0)
         axes.set_xlabel(f"{TERMS[key]} (at its best learning rate)" if tuned else TERMS[key])
         axes.grid(True)
-        spreads[TERMS[key]] = max(means) - min(means)
     common.accuracy_axis(panels[0])
     panels[0].set_ylabel("validation accuracy (%)")
-    order = sorted(spreads, key=spreads.get)
-    texts = [f"{term} ({spreads[term]:.1f} points)" for term in (order[-1], order[0])]
-    return figure, f"Over the values tried, {texts[0]} matters most and {texts[1]} least"
+    return figure
 
 
 def plot_learning_rates(base, found):
@@ -260,11 +255,11 @@ def plot_learning_rates(base, found):
     ends = []
     for i, (name, configs) in enumerate(candidates("optimizer", base).items()):
         rates = [config["lr"] for config in configs]
-        results = [found[name_of(config)] for config in configs]
-        means = [mean_accuracy(seeds) for seeds in results]
+        groups = [found[name_of(config)] for config in configs]
+        means = [mean_accuracy(group) for group in groups]
         axes.plot(rates, means, color=common.COLORS[i])
-        for lr, seeds in zip(rates, results, strict=True):
-            axes.plot([lr] * len(seeds), accuracies(seeds), common.MARKERS[i], color=common.COLORS[i], fillstyle="none")
+        for lr, group in zip(rates, groups, strict=True):
+            axes.plot([lr] * len(group), accuracies(group), common.MARKERS[i], color=common.COLORS[i], fillstyle="none")
         ends.append((rates[-1], means[-1], name, common.COLORS[i]))
     common.accuracy_axis(axes)
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation accuracy (%)")
@@ -276,10 +271,10 @@ def plot_finalists(finalists):
     """Finalists by validation accuracy, the best on top: mean, standard deviation, and seeds."""
     figure = common.new_figure(9, 1.5 + 0.6 * len(finalists))
     axes = figure.subplots()
-    for y, seeds in enumerate(finalists.values()):
-        mean, std = common.mean_std(accuracies(seeds))
+    for y, group in enumerate(finalists.values()):
+        mean, std = common.mean_std(accuracies(group))
         axes.errorbar(mean, y, xerr=std, capsize=4, marker="o", color=common.COLORS[0])
-        axes.plot(accuracies(seeds), [y] * len(seeds), "|", color=common.COLORS[1])
+        axes.plot(accuracies(group), [y] * len(group), "|", color=common.COLORS[1])
         axes.annotate(f"{mean:.2f}", (mean, y), (0, 8), textcoords="offset points", ha="center")
     common.accuracy_axis(axes, "x")
     axes.set_yticks(range(len(finalists)), list(finalists))
@@ -294,18 +289,19 @@ def run_study(base, args, data):
     """Trials of all configurations: {name: the results of its seeds}."""
     configs = {f"study: {name}": {**config, **STUDY} for name, config in study_of(base).items()}
     results = common.run_all(train, args, data, configs, seeds=args.seeds[:2], test=False)
-    rows = [
-        {**seed.config, "seed": seed.seed, "val_accuracy": seed.history.val_accuracy, "diverged": seed.history.diverged}
-        for seeds in results.values()
-        for seed in seeds
-    ]
+    rows = []
+    for result in [result for group in results.values() for result in group]:
+        outcome = {"val_accuracy": result.history.val_accuracy, "diverged": result.history.diverged}
+        rows.append({**result.config, "seed": result.seed, **outcome})
     common.write_csv(f"{args.stem}_study.csv", rows)
-    found = {name.removeprefix("study: "): seeds for name, seeds in results.items()}
+    found = {name.removeprefix("study: "): group for name, group in results.items()}
     print_study(base, found)
-    common.save_figure(f"{args.stem}_hyperparameters.png", *plot_hyperparameters(base, found), data.name)
+    (least, small), *_, (most, large) = spreads(base, found).items()
+    title = f"Over the values tried, {most} ({large:.1f} points) matters most and {least} ({small:.1f} points) least"
+    common.save_plot(f"{args.stem}_hyperparameters.png", title, data.name, plot_hyperparameters, base, found)
     best = ", ".join(f"{name} {config['lr']:g}" for name, config in best_by_value("optimizer", base, found).items())
     title = f"Each optimizer has its own best learning rate: {best}"
-    common.save_figure(f"{args.stem}_learning_rates.png", plot_learning_rates(base, found), title, data.name)
+    common.save_plot(f"{args.stem}_learning_rates.png", title, data.name, plot_learning_rates, base, found)
     return found
 
 
@@ -317,7 +313,7 @@ def run_finalists(base, found, args, data):
     finalists = best_first(common.run_all(train, args, data, runs))
     print_finalists(finalists)
     title = f"Finalists: {conclusion(finalists, base)}"
-    common.save_figure(f"{args.stem}_finalists.png", plot_finalists(finalists), title, data.name)
+    common.save_plot(f"{args.stem}_finalists.png", title, data.name, plot_finalists, finalists)
     return configs, finalists
 
 
@@ -328,16 +324,11 @@ def run_final(base, selected, args, data):
     runs = {f"{name_of(selected)}, final": {**selected, "images": None, "epochs": epochs, "improved": True}}
     for config in (base, {**base, **SGD}):
         runs[f"{name_of(config)}, constant learning rate"] = {**config, **compared}
-    results = common.run_all(train, args, data, runs)
-    ends = [f"{name} {mean_accuracy(seeds):.2f} %" for name, seeds in results.items()]
-    ends[0] = f"the selected configuration {mean_accuracy(next(iter(results.values()))):.2f} %"
-    title = f"All images, validation: {'; '.join(ends)}"
-    common.save_figure(f"{args.stem}_final.png", common.plot_curves(results), title, data.name)
-    return results
+    return common.run_all(train, args, data, runs)
 
 
 def main(argv=None):
-    args = common.parse_args(__file__, __doc__, RUNS, argv, seeds=2, count=len(study_of(PUBLISHED)))
+    args = common.parse_args(__file__, __doc__, RUNS, argv, seeds=2)
     data = common.load_data(args)
     base = {key: args.runs["published"][key] for key in PUBLISHED}
 
@@ -345,18 +336,23 @@ def main(argv=None):
     configs, finalists = run_finalists(base, found, args, data)
     final = run_final(base, configs[next(iter(finalists))], args, data)
 
+    ends = [f"{name} {mean_accuracy(group):.2f} %" for name, group in final.items()]
+    ends[0] = f"the selected configuration {mean_accuracy(next(iter(final.values()))):.2f} %"
     title = f"Finalists, {FINALISTS['images']:,} images: {conclusion(finalists, base)}"
-    common.save_figure(f"{args.stem}_curves.png", common.plot_curves(finalists), title, data.name)
-    common.report({**finalists, **final}, args, data, expected_to_diverge=[*finalists, *final])
+    plots = {
+        "final": (f"All images, validation: {'; '.join(ends)}", common.plot_curves, final),
+        "curves": (title, common.plot_curves, finalists),
+    }
+    common.report({**finalists, **final}, args, data, plots, expected_to_diverge=[*finalists, *final])
     print("\npublished: Adam, 0.001, batch 64, dropout 0.5 and He initialisation are the best")
     print(f"  {conclusion(finalists, base)}")
     print("published: SGD reaches about 99 %, but needs more epochs than Adam")
-    for name, seeds in list(final.items())[1:]:
-        firsts = ", ".join(first_epochs(seeds, goal) for goal in GOALS)
-        print(f"  {name}: {firsts}; ends at {mean_accuracy(seeds):.2f} % (validation)")
+    for name, group in list(final.items())[1:]:
+        firsts = ", ".join(first_epochs(group, goal) for goal in GOALS)
+        print(f"  {name}: {firsts}; ends at {mean_accuracy(group):.2f} % (validation)")
     print("published: more than 98 % for the best model")
-    for name, seeds in final.items():
-        print(f"  {name}: {common.format_accuracy(common.test_accuracies(seeds))} (test)")
+    for name, group in final.items():
+        print(f"  {name}: {common.format_accuracy(common.test_accuracies(group))} (test)")
 
 
 if __name__ == "__main__":

@@ -8,17 +8,16 @@ Why     The baseline spends 401,536 parameters on a layer with a weight for each
 Run     python q2_variants/variant2_batchnorm_gap.py     two minutes on two CPU cores
 """
 
-import math
 import sys
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
-from q1_baseline import print_layers
 
 RUNS = {  # as the baseline
     "BatchNorm and GAP": {"epochs": 20, "batch_size": 64, "lr": 1e-3, "decay": 0.8, "patience": 3}
@@ -47,28 +46,16 @@ def train(config, data, seed, **settings):
     torch.manual_seed(seed)
     model = batchnorm_gap_cnn().to(data.train.labels.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
-    steps = math.ceil(len(data.train.labels) / config["batch_size"])
-    return model, common.fit(
-        model,
-        data,
-        optimizer,
-        epochs=config["epochs"],
-        batch_size=config["batch_size"],
-        seed=seed,
-        scheduler=torch.optim.lr_scheduler.StepLR(optimizer, steps, config["decay"]),
-        patience=config["patience"],
-        **settings,
-    )
+    scheduler = StepLR(optimizer, data.steps(config["batch_size"]), config["decay"])
+    return model, common.fit(model, data, optimizer, config, seed=seed, scheduler=scheduler, **settings)
 
 
 def main(argv=None):
     args = common.parse_args(__file__, __doc__, RUNS, argv)
     data = common.load_data(args)
-    print_layers(batchnorm_gap_cnn())
+    common.print_layers(batchnorm_gap_cnn())
     results = common.run_all(train, args, data)
-
-    common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), common.summarize(results), data.name)
-    common.report(results, args, data)
+    common.report(results, args, data, {"curves": (common.summarize(results), common.plot_curves, results)})
 
 
 if __name__ == "__main__":

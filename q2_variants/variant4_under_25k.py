@@ -9,7 +9,6 @@ Why     Both spend most of their parameters on the first fully connected layer: 
 Run     python q2_variants/variant4_under_25k.py     two minutes on two CPU cores
 """
 
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,6 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
-from q1_baseline import draw_images, print_layers
 
 # step: epochs after which the learning rate falls to a tenth. None: it rises to lr and falls to zero (one-cycle).
 RUNS = {
@@ -64,39 +62,16 @@ def squeeze_cnn():
 NETWORKS = {"narrow-head": narrow_head_cnn, "squeeze": squeeze_cnn}
 
 
-def affine(images, angle, shift, scale):
-    """Rotate, scale and shift each of `images`, float (B, 1, 28, 28), about its centre, as torchvision's `affine` does:
-    bilinear, 0 beyond the border. angle (B,) in degrees, clockwise; shift (B, 2) in pixels, right and down; scale (B,).
-    """
-    cos, sin = torch.deg2rad(angle).cos() / scale, torch.deg2rad(angle).sin() / scale
-    x, y = (shift / -14).unbind(1)  # the image extends from -1 to 1
-    theta = torch.stack([cos, sin, cos * x + sin * y, -sin, cos, cos * y - sin * x], 1).view(-1, 2, 3)
-    return F.grid_sample(images, F.affine_grid(theta, images.shape, align_corners=False), align_corners=False)
-
-
-def random_affine(images, generator, degrees=(), shift=0.0, scale=0.0):
-    """Transform each of `images`, float (B, 1, 28, 28), differently: rotate by up to +-`degrees` (several rotations
-    add up), shift by up to +-`shift` pixels and scale by 1 +- `scale`, all uniformly distributed."""
-
-    def uniform(*shape):
-        return torch.rand((len(images), *shape), generator=generator, device=images.device) * 2 - 1
-
-    angle = images.new_zeros(len(images))
-    for limit in degrees:
-        angle += limit * uniform()
-    return affine(images, angle, shift * uniform(2), 1 + scale * uniform())
-
-
 def rotate_or_crop(images, generator):
     """The published augmentation: a tenth of the images are cropped to the central 22x22 pixels and resized, then all
     are rotated by up to 15 degrees."""
     chosen = torch.rand(len(images), generator=generator, device=images.device) * 2 - 1 < 2 * 0.1 - 1
     rows = chosen.nonzero().flatten()
     resized = F.interpolate(images[rows, :, 3:25, 3:25], size=28, mode="bilinear")
-    return random_affine(images.index_copy(0, rows, resized), generator, degrees=[15])
+    return common.random_affine(images.index_copy(0, rows, resized), generator, degrees=[15])
 
 
-rotate_and_shift = partial(random_affine, degrees=[10], shift=2, scale=0.1)
+rotate_and_shift = partial(common.random_affine, **common.ROTATE_AND_SHIFT)
 
 
 def train(config, data, seed, **settings):
@@ -104,7 +79,7 @@ def train(config, data, seed, **settings):
     model = NETWORKS[config["network"]]()
     model.to(data.train.labels.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
-    steps = math.ceil(len(data.train.labels) / config["batch_size"])
+    steps = data.steps(config["batch_size"])
     if config["step"]:
         scheduler = StepLR(optimizer, config["step"] * steps)
         augment = rotate_or_crop
@@ -112,15 +87,7 @@ def train(config, data, seed, **settings):
         scheduler = OneCycleLR(optimizer, config["lr"], total_steps=config["epochs"] * steps)
         augment = rotate_and_shift
     return model, common.fit(
-        model,
-        data,
-        optimizer,
-        epochs=config["epochs"],
-        batch_size=config["batch_size"],
-        seed=seed,
-        scheduler=scheduler,
-        augment=augment,
-        **settings,
+        model, data, optimizer, config, seed=seed, scheduler=scheduler, augment=augment, **settings
     )
 
 
@@ -136,7 +103,7 @@ def plot_augmentation(images):
     figure = common.new_figure(9, 6.5)
     panels = figure.subplots(len(rows), height_ratios=[len(versions) for versions in rows.values()])
     for axes, (name, versions) in zip(panels, rows.items(), strict=True):
-        draw_images(axes, torch.cat(versions), columns=12)
+        common.draw_images(axes, torch.cat(versions), columns=12)
         axes.set_title(name, loc="left", fontsize=10)
     return figure
 
@@ -146,17 +113,18 @@ def main(argv=None):
     data = common.load_data(args)
     for name in dict.fromkeys(config["network"] for config in args.runs.values()):
         print(name)
-        print_layers(NETWORKS[name]())
+        common.print_layers(NETWORKS[name]())
     results = common.run_all(train, args, data)
 
-    title = "Augmentation: twelve training images as each recipe shows them"
-    common.save_figure(f"{args.stem}_augmentation.png", plot_augmentation(data.train.images), title, data.name)
-    published = {name: seeds for name, seeds in results.items() if not name.endswith("improved")}
-    improved = {name: seeds for name, seeds in results.items() if name.endswith("improved")}
+    plots = {
+        "augmentation": ("Augmentation: twelve images as each recipe shows them", plot_augmentation, data.train.images)
+    }
+    published = {name: group for name, group in results.items() if not name.endswith("improved")}
+    improved = {name: group for name, group in results.items() if name.endswith("improved")}
     for what, part in (("curves", published), ("curves_improved", improved)):
         if part:
-            common.save_figure(f"{args.stem}_{what}.png", common.plot_curves(part), common.summarize(part), data.name)
-    common.report(results, args, data)
+            plots[what] = common.summarize(part), common.plot_curves, part
+    common.report(results, args, data, plots)
 
 
 if __name__ == "__main__":

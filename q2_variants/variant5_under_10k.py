@@ -12,7 +12,6 @@ Run     python q2_variants/variant5_under_10k.py     nine minutes on two CPU cor
         python q2_variants/variant5_under_10k.py --only MnistNet_3
 """
 
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,21 +23,18 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
-from q1_baseline import print_layers
-from q2_variants.variant4_under_25k import random_affine
 
 PUBLISHED = {"MnistNet_1": 98.49, "MnistNet_2": 99.39, "MnistNet_3": 99.45}  # test accuracy, one run, chosen on test
 # step, gamma: epochs after which the learning rate is multiplied by gamma. None: it rises to lr and falls to zero
 # (one-cycle). degrees, shift, scale: of the random augmentation.
 ROTATE = {"degrees": [7, 15], "shift": 0, "scale": 0}  # twice in a row, as published
-ROTATE_AND_SHIFT = {"degrees": [10], "shift": 2, "scale": 0.1}
 RUNS = {
     "MnistNet_1": {"epochs": 15, "lr": 0.01, "step": 15, "gamma": 1.0, "augment": None},
     "MnistNet_2": {"epochs": 15, "lr": 0.075, "step": 2, "gamma": 0.65, "augment": ROTATE},
     "MnistNet_3": {"epochs": 15, "lr": 0.05, "step": 4, "gamma": 0.35, "augment": ROTATE},
-    "MnistNet_1 improved": {"epochs": 12, "lr": 0.03, "step": None, "gamma": None, "augment": ROTATE_AND_SHIFT},
-    "MnistNet_2 improved": {"epochs": 15, "lr": 0.15, "step": None, "gamma": None, "augment": ROTATE_AND_SHIFT},
-    "MnistNet_3 improved": {"epochs": 20, "lr": 0.15, "step": None, "gamma": None, "augment": ROTATE_AND_SHIFT},
+    "MnistNet_1 improved": {"epochs": 12, "lr": 0.03, "step": None, "gamma": None, "augment": common.ROTATE_AND_SHIFT},
+    "MnistNet_2 improved": {"epochs": 15, "lr": 0.15, "step": None, "gamma": None, "augment": common.ROTATE_AND_SHIFT},
+    "MnistNet_3 improved": {"epochs": 20, "lr": 0.15, "step": None, "gamma": None, "augment": common.ROTATE_AND_SHIFT},
 }
 RUNS = {name: {"network": name.split()[0], "batch_size": 128, **config} for name, config in RUNS.items()}
 
@@ -116,21 +112,14 @@ def train(config, data, seed, **settings):
     model.to(data.train.labels.device, memory_format=torch.channels_last)
     nesterov = config["network"] == "MnistNet_2"
     optimizer = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=0.9, nesterov=nesterov, fused=True)
-    steps = math.ceil(len(data.train.labels) / config["batch_size"])
+    steps = data.steps(config["batch_size"])
     if config["step"]:
         scheduler = StepLR(optimizer, config["step"] * steps, config["gamma"])
     else:
         scheduler = OneCycleLR(optimizer, config["lr"], total_steps=config["epochs"] * steps)
+    augment = partial(common.random_affine, **config["augment"]) if config["augment"] else None
     return model, common.fit(
-        model,
-        data,
-        optimizer,
-        epochs=config["epochs"],
-        batch_size=config["batch_size"],
-        seed=seed,
-        scheduler=scheduler,
-        augment=config["augment"] and partial(random_affine, **config["augment"]),
-        **settings,
+        model, data, optimizer, config, seed=seed, scheduler=scheduler, augment=augment, **settings
     )
 
 
@@ -139,9 +128,9 @@ def plot_sizes(results):
     figure = common.new_figure(8, 5)
     axes = figure.subplots()
     labelled = next(iter(results)).split()[0]  # one network's labels serve all
-    for name, seeds in results.items():
-        network, size = seeds[0].config["network"], seeds[0].parameters
-        mean, std = common.mean_std(common.test_accuracies(seeds))
+    for name, group in results.items():
+        network, size = group[0].config["network"], group[0].parameters
+        mean, std = common.mean_std(common.test_accuracies(group))
         i = int(name.endswith("improved"))
         color = common.COLORS[i]
         axes.errorbar(size, mean, std, capsize=4, color=color, marker=common.MARKERS[i])
@@ -162,20 +151,19 @@ def main(argv=None):
     data = common.load_data(args)
     for name in dict.fromkeys(config["network"] for config in args.runs.values()):
         print(name)
-        print_layers(NETWORKS[name]())
+        common.print_layers(NETWORKS[name]())
     results = common.run_all(train, args, data)
 
-    published = {name: seeds for name, seeds in results.items() if not name.endswith("improved")}
-    improved = {name: seeds for name, seeds in results.items() if name.endswith("improved")}
+    plots = {}
+    published = {name: group for name, group in results.items() if not name.endswith("improved")}
+    improved = {name: group for name, group in results.items() if name.endswith("improved")}
     for what, part in (("curves", published), ("curves_improved", improved)):
         if part:
-            common.save_figure(f"{args.stem}_{what}.png", common.plot_curves(part), common.summarize(part), data.name)
+            plots[what] = common.summarize(part), common.plot_curves, part
     best = max(results, key=lambda name: sum(common.test_accuracies(results[name])))
-    title = (
-        f"Fewer than 10,000 parameters: {best} reaches {common.format_accuracy(common.test_accuracies(results[best]))}"
-    )
-    common.save_figure(f"{args.stem}_sizes.png", plot_sizes(results), title, data.name)
-    common.report(results, args, data)
+    accuracy = common.format_accuracy(common.test_accuracies(results[best]))
+    plots["sizes"] = f"Fewer than 10,000 parameters: {best} reaches {accuracy}", plot_sizes, results
+    common.report(results, args, data, plots)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ Run     python q2_variants/variant6_fastest.py               ten trainings of ea
         python q2_variants/variant6_fastest.py --seeds 30    as recorded
 """
 
-import math
 import statistics
 import sys
 import time
@@ -123,43 +122,37 @@ def train(config, data, seed, **settings):
         model = FixedFiltersCNN(patch_filters(data.train.images, config["filters"]), config["channels"])
     model.to(data.train.labels.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=(0.7, 0.9), fused=True)
-    steps = config["epochs"] * math.ceil(len(data.train.labels) / config["batch_size"])
+    steps = config["epochs"] * data.steps(config["batch_size"])
+    scheduler = OneCycleLR(optimizer, config["lr"], total_steps=steps, cycle_momentum=False)
+    augment = partial(shift_batch, pixels=config["shift"]) if config["shift"] else None
+    trace = {"setup": [time.perf_counter() - started]}
     return model, common.fit(
-        model,
-        data,
-        optimizer,
-        epochs=config["epochs"],
-        batch_size=config["batch_size"],
-        seed=seed,
-        scheduler=OneCycleLR(optimizer, config["lr"], total_steps=steps, cycle_momentum=False),
-        augment=partial(shift_batch, pixels=config["shift"]) if config["shift"] else None,
-        trace={"setup": [time.perf_counter() - started]},
-        **settings,
+        model, data, optimizer, config, seed=seed, scheduler=scheduler, augment=augment, trace=trace, **settings
     )
 
 
-def seconds(seeds):
-    """Training time of each seed, from the raw images in memory."""
-    return [seed.scores["seconds"] for seed in seeds]
+def seconds(results):
+    """Training time of each, from the raw images in memory."""
+    return [result.scores["seconds"] for result in results]
 
 
-def median_seconds(seeds):
-    return statistics.median(seconds(seeds))
+def median_seconds(results):
+    return statistics.median(seconds(results))
 
 
 def plot_times(results):
     """Test accuracy by training time, a point for each training, and the published result on a GPU."""
     figure = common.new_figure(9, 5.5)
     axes = figure.subplots()
-    for i, (name, seeds) in enumerate(results.items()):
-        accuracies = common.test_accuracies(seeds)
-        axes.plot(seconds(seeds), accuracies, common.MARKERS[i], color=common.COLORS[i], alpha=0.5, mew=0)
-        text = f"{name}\n{median_seconds(seeds):.2f} s\n{common.format_accuracy(accuracies)}"
+    for i, (name, group) in enumerate(results.items()):
+        accuracies = common.test_accuracies(group)
+        axes.plot(seconds(group), accuracies, common.MARKERS[i], color=common.COLORS[i], alpha=0.5, mew=0)
+        text = f"{name}\n{median_seconds(group):.2f} s\n{common.format_accuracy(accuracies)}"
         above = i < 3  # the fourth text would stand on the third
         height = 10 if above else -10
         place = {"xytext": (0, height), "textcoords": "offset points", "va": "bottom" if above else "top"}
         end = max(accuracies) if above else min(accuracies)
-        axes.annotate(text, (median_seconds(seeds), end), color=common.COLORS[i], ha="center", **place)
+        axes.annotate(text, (median_seconds(group), end), color=common.COLORS[i], ha="center", **place)
     axes.plot(*ON_GPU, common.MARKERS[len(results)], fillstyle="none", color=common.COLORS[len(results)])
     place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
     axes.annotate(f"published\non a GPU\n{ON_GPU[0]:.2f} s", ON_GPU, color=common.COLORS[len(results)], **place)
@@ -175,23 +168,22 @@ def main(argv=None):
     args = common.parse_args(__file__, __doc__, RUNS, argv, seeds=10, workers=1)  # one at a time, for the clock
     data = common.load_data(args)
     results = common.run_all(train, args, data)
-    for seed in [seed for seeds in results.values() for seed in seeds]:
-        seed.scores["seconds"] += seed.history.trace["setup"][0]
+    for result in [result for group in results.values() for result in group]:
+        result.scores["seconds"] += result.history.trace["setup"][0]
 
-    for name, seeds in results.items():
-        accuracies = common.test_accuracies(seeds)
-        images = seeds[0].config["epochs"] * len(data.train.labels)
-        text = f"{name}: {median_seconds(seeds):.2f} s, {images:,} images, {common.format_accuracy(accuracies)}"
-        print(f"{text}, worst {min(accuracies):.2f} %")
     title = common.summarize(results)
     if len(results) == len(RUNS):
         fast, published = (median_seconds(results[name]) for name in ("one epoch", "published"))
         accuracy = common.format_accuracy(common.test_accuracies(results["one epoch"]))
         title = f"{fast:.2f} s of training reach {accuracy} test accuracy; "
         title += f"the published recipe, in fp32, takes {published / fast:.1f} times as long"
-        print(title)
-    common.save_figure(f"{args.stem}_times.png", plot_times(results), title, data.name)
-    common.report(results, args, data)
+    common.report(results, args, data, {"times": (title, plot_times, results)})
+    for name, group in results.items():
+        accuracies = common.test_accuracies(group)
+        images = group[0].config["epochs"] * len(data.train.labels)
+        text = f"{name}: {median_seconds(group):.2f} s, {images:,} images, {common.format_accuracy(accuracies)}"
+        print(f"{text}, worst {min(accuracies):.2f} %")
+    print(title)
 
 
 if __name__ == "__main__":

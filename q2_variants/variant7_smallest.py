@@ -16,8 +16,8 @@ Run     python q2_variants/variant7_smallest.py     eight minutes on two CPU cor
 
 import itertools
 import json
-import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +28,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
-from q2_variants.variant4_under_25k import rotate_and_shift
 
 # narrow: the channels, of `channels`, that the first convolution makes and that the classifier reads.
 # period, decay: of the optimizer below. The longest training comes first, so that two workers end together.
@@ -142,17 +141,11 @@ def train(config, data, seed, **settings):
     model = SharedCNN(config["channels"], config["narrow"])
     model.to(data.train.labels.device, memory_format=torch.channels_last)
     optimizer = FullMatrixAdam(model.parameters(), config["lr"], config["period"], config["decay"])
-    steps = config["epochs"] * math.ceil(len(data.train.labels) / config["batch_size"])
+    steps = config["epochs"] * data.steps(config["batch_size"])
+    scheduler = OneCycleLR(optimizer, config["lr"], total_steps=steps, pct_start=0.15, cycle_momentum=False)
+    augment = partial(common.random_affine, **common.ROTATE_AND_SHIFT)
     return model, common.fit(
-        model,
-        data,
-        optimizer,
-        epochs=config["epochs"],
-        batch_size=config["batch_size"],
-        seed=seed,
-        scheduler=OneCycleLR(optimizer, config["lr"], total_steps=steps, pct_start=0.15, cycle_momentum=False),
-        augment=rotate_and_shift,
-        **settings,
+        model, data, optimizer, config, seed=seed, scheduler=scheduler, augment=augment, **settings
     )
 
 
@@ -174,7 +167,7 @@ def plot_frontier(results):
     """Test accuracy by number of parameters: these networks, this project's others, and published ones."""
     figure = common.new_figure(9, 6)
     axes = figure.subplots()
-    ours = [(seeds[0].parameters, *common.mean_std(common.test_accuracies(seeds))) for seeds in results.values()]
+    ours = [(group[0].parameters, *common.mean_std(common.test_accuracies(group))) for group in results.values()]
     kinds = {
         "this script, mean and standard deviation": ours,
         "this project's other networks": recorded_results(30_000),
@@ -206,12 +199,14 @@ def main(argv=None):
     data = common.load_data(args)
     results = common.run_all(train, args, data)
 
-    common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), common.summarize(results), data.name)
-    name, seeds = next(iter(results.items()))
-    accuracy = common.format_accuracy(common.test_accuracies(seeds))
+    name, group = next(iter(results.items()))
+    accuracy = common.format_accuracy(common.test_accuracies(group))
     title = f"One separable convolution, applied six times: {name} reach {accuracy} test accuracy"
-    common.save_figure(f"{args.stem}_frontier.png", plot_frontier(results), title, data.name)
-    common.report(results, args, data)
+    plots = {
+        "curves": (common.summarize(results), common.plot_curves, results),
+        "frontier": (title, plot_frontier, results),
+    }
+    common.report(results, args, data, plots)
 
 
 if __name__ == "__main__":

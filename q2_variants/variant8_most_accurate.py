@@ -18,6 +18,7 @@ Run     python q2_variants/variant8_most_accurate.py               one network: 
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,8 +28,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
-from q1_baseline import draw_images
-from q2_variants.variant4_under_25k import rotate_and_shift
 
 RUNS = {"strided CNN": {"epochs": 30, "batch_size": 128, "lr": 3e-3}}
 
@@ -62,25 +61,24 @@ def train(config, data, seed, **settings):
     torch.manual_seed(seed)
     model = strided_cnn().to(data.train.labels.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], fused=True)
-    steps = config["epochs"] * math.ceil(len(data.train.labels) / config["batch_size"])
+    steps = config["epochs"] * data.steps(config["batch_size"])
     return model, common.fit(
         model,
         data,
         optimizer,
-        epochs=config["epochs"],
-        batch_size=config["batch_size"],
+        config,
         seed=seed,
         scheduler=OneCycleLR(optimizer, config["lr"], total_steps=steps, pct_start=0.2),
-        augment=rotate_and_shift,
+        augment=partial(common.random_affine, **common.ROTATE_AND_SHIFT),
         keep_last=True,  # the late epochs differ by less than the noise of 5,000 images
         **settings,
     )
 
 
-def list_errors(seeds, labels):
+def list_errors(results, labels):
     """A row for each test image that the ensemble, or any network, misclassifies. The ensemble averages the networks'
     log-probabilities."""
-    logits = torch.stack([seed.test_logits for seed in seeds])  # (seeds, N, 10)
+    logits = torch.stack([result.test_logits for result in results])  # (results, N, 10)
     ensemble, networks = logits.log_softmax(2).mean(0).argmax(1), logits.argmax(2)
     wrong = (networks != labels).sum(0)
     return [
@@ -94,7 +92,7 @@ def plot_errors(errors, images):
     captions = [f"labelled {row['label']}\npredicted {row['ensemble']}" for row in errors]
     columns = 8
     figure = common.new_figure(10, 0.6 + 1.6 * math.ceil(max(1, len(errors)) / columns))
-    draw_images(figure.subplots(), images[[row["image"] for row in errors]], columns, captions)
+    common.draw_images(figure.subplots(), images[[row["image"] for row in errors]], columns, captions)
     return figure
 
 
@@ -103,20 +101,22 @@ def main(argv=None):
     data = common.load_data(args)
     results = common.run_all(train, args, data)
 
-    common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), common.summarize(results), data.name)
-    (seeds,) = results.values()
-    errors = list_errors(seeds, data.test.labels.cpu())
+    (group,) = results.values()
+    errors = list_errors(group, data.test.labels.cpu())
     if errors:
         common.write_csv(f"{args.stem}_errors.csv", errors)
-    always = [row for row in errors if row["networks_wrong"] == len(seeds)]
+    always = [row for row in errors if row["networks_wrong"] == len(group)]
     title = f"{len(always)} test digits are misclassified"
-    if len(seeds) > 1:
+    if len(group) > 1:
         wrong = sum(row["ensemble"] != row["label"] for row in errors)
         accuracy = 100 - 100 * wrong / len(data.test.labels)
-        title += f" by all {len(seeds)} networks; their ensemble reaches {accuracy:.2f} %"
-    common.save_figure(f"{args.stem}_errors.png", plot_errors(always, data.test.images), title, data.name)
+        title += f" by all {len(group)} networks; their ensemble reaches {accuracy:.2f} %"
+    plots = {
+        "curves": (common.summarize(results), common.plot_curves, results),
+        "errors": (title, plot_errors, always, data.test.images),
+    }
+    common.report(results, args, data, plots)
     print(title)
-    common.report(results, args, data)
 
 
 if __name__ == "__main__":

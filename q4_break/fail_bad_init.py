@@ -21,13 +21,12 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
-from q1_baseline import baseline_cnn
-from q4_break.fault_gallery import distinct_units, layer_weights
+from q4_break.health import check_claims, distinct_units, health_claims, layer_weights
 
 CONSTANT = 0.01  # about the standard deviation of PyTorch's own first weights of the large layer
 
 
-def config_of(init, constant=None, noise=0.0, dropout=0.5):
+def make_config(init, constant=None, noise=0.0, dropout=0.5):
     """init: "default" (PyTorch's own), "He" or "constant", with normal noise of this standard deviation."""
     # At the baseline's learning rate, 1e-3, all ReLUs of a layer are dead for some seeds of the constant.
     config = {"epochs": 2, "batch_size": 64, "lr": 5e-4, "images": 40_000}
@@ -35,14 +34,14 @@ def config_of(init, constant=None, noise=0.0, dropout=0.5):
 
 
 RUNS = {
-    "control": config_of("default"),
-    "He": config_of("He"),
-    "zero": config_of("constant", 0.0),
-    "constant": config_of("constant", CONSTANT),
-    "constant, no dropout": config_of("constant", CONSTANT, dropout=0.0),
-    "constant + noise, no dropout": config_of("constant", CONSTANT, noise=1e-2, dropout=0.0),
+    "control": make_config("default"),
+    "He": make_config("He"),
+    "zero": make_config("constant", 0.0),
+    "constant": make_config("constant", CONSTANT),
+    "constant, no dropout": make_config("constant", CONSTANT, dropout=0.0),
+    "constant + noise, no dropout": make_config("constant", CONSTANT, noise=1e-2, dropout=0.0),
 }
-INTENDED = dict.fromkeys(("zero", "constant", "constant, no dropout"), "symmetric units")
+EXPECTED_ALARMS = dict.fromkeys(("zero", "constant", "constant, no dropout"), "symmetric units")
 
 
 def initialize(model, config):
@@ -57,24 +56,22 @@ def initialize(model, config):
 
 def train(config, data, seed, **settings):
     torch.manual_seed(seed)
-    model = baseline_cnn(dropout=config["dropout"])
+    model = common.baseline_cnn(dropout=config["dropout"])
     initialize(model, config)
     model.to(data.train.labels.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
-    first = symmetry(model, data.train)
-    history = common.fit(
-        model, data, optimizer, epochs=config["epochs"], batch_size=config["batch_size"], seed=seed, **settings
-    )
-    history.trace = {"before": first, "after": symmetry(model, data.train)}
+    before = symmetry(model, data.train)
+    history = common.fit(model, data, optimizer, config, seed=seed, **settings)
+    history.trace = {"before": before, "after": symmetry(model, data.train)}
     return model, history
 
 
-def symmetry(model, train):
+def symmetry(model, split):
     """The filters of the first layer, and how many units of each layer and how many rows of the first layer's gradient
     are distinct."""
     weights = list(layer_weights(model).values())
     state = torch.get_rng_state()  # dropout's, which the training is to find as it was
-    loss = F.cross_entropy(model(common.normalize(train.images[:64])), train.labels[:64])
+    loss = F.cross_entropy(model(common.normalize(split.images[:64])), split.labels[:64])
     gradient = torch.autograd.grad(loss, weights[0])[0]
     torch.set_rng_state(state)
     return {
@@ -86,8 +83,8 @@ def symmetry(model, train):
 
 def print_symmetry(results):
     """Distinct units of each layer of the first seed, and distinct rows of the first layer's first gradient."""
-    for name, seeds in results.items():
-        before, after = (seeds[0].history.trace[when] for when in ("before", "after"))
+    for name, group in results.items():
+        before, after = (group[0].history.trace[when] for when in ("before", "after"))
         print(f"{name}: distinct units by layer {before['distinct units']}, after training {after['distinct units']}")
         print(f"  distinct rows in the first layer's first gradient: {before['distinct gradients']} of 32")
 
@@ -95,9 +92,9 @@ def print_symmetry(results):
 def plot_filters(results):
     """The 32 filters of the first layer, before and after training, of the first seed."""
     figure = common.new_figure(9, 2.2 * len(results))
-    for row, (name, seeds) in zip(figure.subplots(len(results), 2, squeeze=False), results.items(), strict=True):
+    for row, (name, group) in zip(figure.subplots(len(results), 2, squeeze=False), results.items(), strict=True):
         for axes, when in zip(row, ("before", "after"), strict=True):
-            weight = seeds[0].history.trace[when]["filters"]
+            weight = group[0].history.trace[when]["filters"]
             tiles = F.pad(weight, (1, 0, 1, 0), value=math.nan)
             tiles = tiles.view(4, 8, 4, 4).transpose(1, 2).reshape(16, 32)
             limit = weight.abs().max().item() or 1
@@ -108,12 +105,12 @@ def plot_filters(results):
 
 
 def check_findings(results):
-    accuracy = {name: common.test_accuracies(seeds) for name, seeds in results.items()}
+    accuracy = {name: common.test_accuracies(group) for name, group in results.items()}
     chance = math.log(10)
     zero = results["zero"]
-    predicted = [len(seed.test_logits.argmax(1).unique()) for seed in zero]
-    loss = max(seed.history.rows[-1]["train_loss"] for seed in zero)
-    start = max(seed.history.step_losses[0] for seed in results["control"])
+    predicted = [len(result.test_logits.argmax(1).unique()) for result in zero]
+    loss = max(result.history.rows[-1]["train_loss"] for result in zero)
+    start = max(result.history.step_losses[0] for result in results["control"])
     single, dropout = max(accuracy["constant, no dropout"]), min(accuracy["constant"])
     claims = [
         (f"zero predicts one digit everywhere, {max(accuracy['zero']):.2f} %", max(predicted) == 1),
@@ -124,7 +121,7 @@ def check_findings(results):
     ]
     for name in ("control", "He", "constant + noise, no dropout"):
         claims.append((f"{name} reaches {min(accuracy[name]):.2f} %, over 95", min(accuracy[name]) > 95))
-    common.check_claims(claims + common.health_claims(INTENDED, results))
+    check_claims(claims + health_claims(EXPECTED_ALARMS, results))
 
 
 def main(argv=None):
@@ -132,14 +129,14 @@ def main(argv=None):
     data = common.load_data(args)
     results = common.run_all(train, args, data)
 
-    common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), common.summarize(results), data.name)
+    plots = {"curves": (common.summarize(results), common.plot_curves, results)}
     shown = {name: results[name] for name in ("He", "constant", "constant, no dropout") if name in results}
     if shown:
         title = "Filters of the first layer: with a constant they stay identical, with dropout or without"
-        common.save_figure(f"{args.stem}_filters.png", plot_filters(shown), title, data.name)
-    common.report(results, args, data)
+        plots["filters"] = title, plot_filters, shown
+    common.report(results, args, data, plots)
     print_symmetry(results)
-    if args.unchanged and data.name == "MNIST":
+    if args.is_default and data.name == "MNIST":
         check_findings(results)
 
 

@@ -12,6 +12,7 @@ Run     python q4_break/fail_high_lr.py     a minute on two CPU cores
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,24 +21,23 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
-from q1_baseline import baseline_cnn
-from q4_break.fault_gallery import dead_share, layer_outputs, layer_weights
+from q4_break.health import check_claims, dead_share, health_claims, layer_outputs, layer_weights
 
 
-def config_of(optimizer, lr, batchnorm=False, clip=None):
+def make_config(optimizer, lr, batchnorm=False, clip=None):
     """clip: limit on the norm of the gradient; at 1e-4 a step of SGD at 1000 is no longer than 0.1."""
     config = {"epochs": 2, "batch_size": 64, "optimizer": optimizer, "lr": lr, "images": 40_000}
     return {**config, "batchnorm": batchnorm, "clip": clip}
 
 
 RUNS = {
-    "control": config_of("Adam", 0.001),
-    "Adam 0.1": config_of("Adam", 0.1),
-    "Adam 0.1, BatchNorm": config_of("Adam", 0.1, batchnorm=True),
-    "SGD 1000": config_of("SGD", 1000.0),
-    "SGD 1000, clipped": config_of("SGD", 1000.0, clip=1e-4),
+    "control": make_config("Adam", 0.001),
+    "Adam 0.1": make_config("Adam", 0.1),
+    "Adam 0.1, BatchNorm": make_config("Adam", 0.1, batchnorm=True),
+    "SGD 1000": make_config("SGD", 1000.0),
+    "SGD 1000, clipped": make_config("SGD", 1000.0, clip=1e-4),
 }
-INTENDED = {"Adam 0.1": "not learning", "SGD 1000": "diverged"}
+EXPECTED_ALARMS = {"Adam 0.1": "not learning", "SGD 1000": "diverged"}
 
 
 def add_batchnorm(model):
@@ -54,7 +54,7 @@ def add_batchnorm(model):
 
 def train(config, data, seed, **settings):
     torch.manual_seed(seed)
-    model = baseline_cnn()
+    model = common.baseline_cnn()
     if config["batchnorm"]:
         model = add_batchnorm(model)
     model.to(data.train.labels.device, memory_format=torch.channels_last)
@@ -65,25 +65,18 @@ def train(config, data, seed, **settings):
     trace = {}
     watch_steps(model, optimizer, data.train.images[:200], trace)
     if config["clip"]:
-        optimizer.register_step_pre_hook(
-            lambda *_: nn.utils.clip_grad_norm_(model.parameters(), config["clip"]) and None
-        )
-    return model, common.fit(
-        model,
-        data,
-        optimizer,
-        epochs=config["epochs"],
-        batch_size=config["batch_size"],
-        seed=seed,
-        trace=trace,
-        **settings,
-    )
+        optimizer.register_step_pre_hook(partial(clip_gradients, model, config["clip"]))
+    return model, common.fit(model, data, optimizer, config, seed=seed, trace=trace, **settings)
+
+
+def clip_gradients(model, limit, *_):
+    nn.utils.clip_grad_norm_(model.parameters(), limit)
 
 
 @torch.inference_mode()
 def dead_shares(model, images):
     """The share of dead ReLUs in each ReLU layer."""
-    outputs, _ = layer_outputs(model, images)
+    outputs, _ = layer_outputs(model, common.normalize(images))
     return [dead_share(output) for _, layer, output in outputs if isinstance(layer, nn.ReLU)]
 
 
@@ -128,8 +121,8 @@ def plot_steps(results):
     figure = common.new_figure(12, 8)
     for axes, (name, (low, high)) in zip(figure.subplots(2, 2, sharex=True).flat, LIMITS.items(), strict=True):
         ends = []
-        for i, (label, seeds) in enumerate(results.items()):
-            history = seeds[0].history
+        for i, (label, group) in enumerate(results.items()):
+            history = group[0].history
             finite = sum(map(math.isfinite, history.step_losses))  # a loss that overflowed stays so
             steps = [step for step in history.trace["step"] if step <= finite]
             losses = [history.step_losses[step - 1] for step in steps]
@@ -145,12 +138,12 @@ def plot_steps(results):
 
 
 def check_findings(results):
-    accuracy = {name: common.test_accuracies(seeds) for name, seeds in results.items()}
+    accuracy = {name: common.test_accuracies(group) for name, group in results.items()}
     dead_by = []
-    for seed in results["Adam 0.1"]:
-        pairs = zip(seed.history.trace["step"], seed.history.trace["dead ReLUs (%)"], strict=True)
+    for result in results["Adam 0.1"]:
+        pairs = zip(result.history.trace["step"], result.history.trace["dead ReLUs (%)"], strict=True)
         dead_by.append(next((step for step, dead in pairs if dead > 90), math.inf))
-    loss = max(seed.history.rows[-1]["train_loss"] for seed in results["Adam 0.1"])
+    loss = max(result.history.rows[-1]["train_loss"] for result in results["Adam 0.1"])
     control, stuck = min(accuracy["control"]), max(accuracy["Adam 0.1"])
     batchnorm, clipped = min(accuracy["Adam 0.1, BatchNorm"]), min(accuracy["SGD 1000, clipped"])
     claims = [
@@ -161,7 +154,7 @@ def check_findings(results):
         (f"with BatchNorm it reaches {batchnorm:.2f} %, over 95", batchnorm > 95),
         (f"clipped SGD reaches {clipped:.2f} %, over 95", clipped > 95),
     ]
-    common.check_claims(claims + common.health_claims(INTENDED, results))
+    check_claims(claims + health_claims(EXPECTED_ALARMS, results))
 
 
 def main(argv=None):
@@ -169,11 +162,10 @@ def main(argv=None):
     data = common.load_data(args)
     results = common.run_all(train, args, data)
 
-    common.save_figure(f"{args.stem}_curves.png", common.plot_curves(results), common.summarize(results), data.name)
     title = "Adam at 0.1: all ReLUs of a layer are dead after few steps. SGD at 1000: the loss explodes"
-    common.save_figure(f"{args.stem}_steps.png", plot_steps(results), title, data.name)
-    common.report(results, args, data, expected_to_diverge=INTENDED)
-    if args.unchanged and data.name == "MNIST":
+    plots = {"curves": (common.summarize(results), common.plot_curves, results), "steps": (title, plot_steps, results)}
+    common.report(results, args, data, plots, expected_to_diverge=EXPECTED_ALARMS)
+    if args.is_default and data.name == "MNIST":
         check_findings(results)
 
 

@@ -18,42 +18,32 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
-from q1_baseline import baseline_cnn
-from q2_variants.variant4_under_25k import random_affine
+from q4_break.health import check_claims, health_claims
 
-AUGMENT = {"degrees": [10], "shift": 2, "scale": 0.1}
 FEW = {"epochs": 16, "batch_size": 64, "lr": 1e-3, "images": 2_000}  # few enough to be memorised in half a minute
 ALL = {"epochs": 5, "batch_size": 64, "lr": 1e-3, "images": None}
 RUNS = {
     "no dropout": {**FEW, "dropout": 0.0, "augment": None},
     "dropout 0.5": {**FEW, "dropout": 0.5, "augment": None},
-    "no dropout, augmented": {**FEW, "dropout": 0.0, "augment": AUGMENT},
+    "no dropout, augmented": {**FEW, "dropout": 0.0, "augment": common.ROTATE_AND_SHIFT},
     "all images, no dropout": {**ALL, "dropout": 0.0, "augment": None},
     "all images, dropout 0.5": {**ALL, "dropout": 0.5, "augment": None},
 }
-INTENDED = {"no dropout": "overfitting"}
+EXPECTED_ALARMS = {"no dropout": "overfitting"}
 
 
 def train(config, data, seed, **settings):
     torch.manual_seed(seed)
-    model = baseline_cnn(dropout=config["dropout"])
+    model = common.baseline_cnn(dropout=config["dropout"])
     model.to(data.train.labels.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
-    return model, common.fit(
-        model,
-        data,
-        optimizer,
-        epochs=config["epochs"],
-        batch_size=config["batch_size"],
-        seed=seed,
-        augment=config["augment"] and partial(random_affine, **config["augment"]),
-        **settings,
-    )
+    augment = partial(common.random_affine, **config["augment"]) if config["augment"] else None
+    return model, common.fit(model, data, optimizer, config, seed=seed, augment=augment, **settings)
 
 
-def gaps_of(seeds):
-    """Training minus test accuracy of each seed, in points."""
-    return [seed.scores["train_accuracy"] - seed.scores["test_accuracy"] for seed in seeds]
+def gaps_of(results):
+    """Training minus test accuracy of each, in points."""
+    return [result.scores["train_accuracy"] - result.scores["test_accuracy"] for result in results]
 
 
 def plot_gaps(results):
@@ -61,16 +51,16 @@ def plot_gaps(results):
     figure = common.new_figure(9, 4.5)
     axes = figure.subplots()
     place = {"textcoords": "offset points", "ha": "center"}
-    for y, seeds in enumerate(results.values()):
+    for y, group in enumerate(results.values()):
         means = []
         for i, part in enumerate(("train", "test")):
-            values = [seed.scores[f"{part}_accuracy"] for seed in seeds]
+            values = [result.scores[f"{part}_accuracy"] for result in group]
             axes.plot(values, [y] * len(values), common.MARKERS[i], color=common.COLORS[i])
             means.append(statistics.fmean(values))
             if y == 0:
                 name = {"train": "training", "test": "test"}[part]
                 axes.annotate(name, (values[0], y), (0, 10), color=common.COLORS[i], **place)
-        mean, std = common.mean_std(gaps_of(seeds))
+        mean, std = common.mean_std(gaps_of(group))
         axes.hlines(y, *sorted(means), color="0.8", zorder=0)
         text = f"{mean:.2f} points" if std is None else f"{mean:.2f} ± {std:.2f} points"
         axes.annotate(text, (statistics.fmean(means), y), (0, -14), **place)
@@ -79,14 +69,15 @@ def plot_gaps(results):
     return figure
 
 
-def loss_ratio(seeds):
+def loss_ratio(results):
     """The least ratio of validation loss to training loss after the last epoch."""
-    return min(seed.history.rows[-1]["val_loss"] / (seed.history.rows[-1]["train_loss"] or 1) for seed in seeds)
+    last_rows = [result.history.rows[-1] for result in results]
+    return min(row["val_loss"] / (row["train_loss"] or 1) for row in last_rows)
 
 
 def print_losses(results):
-    for name, seeds in results.items():
-        losses = [[row["val_loss"] for row in seed.history.rows] for seed in seeds]
+    for name, group in results.items():
+        losses = [[row["val_loss"] for row in result.history.rows] for result in group]
         epoch = statistics.fmean(line.index(min(line)) + 1 for line in losses)
         rise = statistics.fmean(line[-1] / min(line) for line in losses)
         print(f"{name}: the validation loss is lowest in epoch {epoch:.1f} and ends at {rise:.2f} times that")
@@ -94,7 +85,7 @@ def print_losses(results):
 
 def check_findings(results):
     def last(name):
-        return [seed.history.rows[-1]["train_accuracy"] for seed in results[name]]
+        return [result.history.rows[-1]["train_accuracy"] for result in results[name]]
 
     ratio, memorised = loss_ratio(results["no dropout"]), min(last("no dropout"))
     augmented, plain = (
@@ -108,7 +99,7 @@ def check_findings(results):
         (f"all images: training accuracy reaches {none:.2f} %, over 99.3", none > 99.3),
         (f"with dropout 0.5 {half:.2f} %, below that", half < none),
     ]
-    common.check_claims(claims + common.health_claims(INTENDED, results))
+    check_claims(claims + health_claims(EXPECTED_ALARMS, results))
 
 
 def main(argv=None):
@@ -116,21 +107,21 @@ def main(argv=None):
     data = common.load_data(args)
     results = common.run_all(train, args, data)
 
-    few = {name: seeds for name, seeds in results.items() if seeds[0].config["images"]}
-    everything = {name: seeds for name, seeds in results.items() if name not in few}
+    plots = {}
+    few = {name: group for name, group in results.items() if group[0].config["images"]}
+    everything = {name: group for name, group in results.items() if name not in few}
     if few:
-        ratios = ", ".join(f"{loss_ratio(seeds):.1f} ({name})" for name, seeds in few.items())
+        ratios = ", ".join(f"{loss_ratio(group):.1f} ({name})" for name, group in few.items())
         title = f"2,000 images: validation loss ends at {ratios} times the training loss"
-        common.save_figure(f"{args.stem}_curves.png", common.plot_curves(few), title, data.name)
+        plots["curves"] = title, common.plot_curves, few
     if everything:
         title = "All images: without dropout training accuracy rises further above validation accuracy"
-        common.save_figure(f"{args.stem}_all.png", common.plot_curves(everything), title, data.name)
-    gaps = ", ".join(f"{statistics.fmean(gaps_of(seeds)):.1f} ({name})" for name, seeds in (few or everything).items())
-    title = f"Training accuracy exceeds test accuracy by {gaps} points"
-    common.save_figure(f"{args.stem}_gap.png", plot_gaps(results), title, data.name)
-    common.report(results, args, data)
+        plots["all"] = title, common.plot_curves, everything
+    gaps = [f"{statistics.fmean(gaps_of(group)):.1f} ({name})" for name, group in (few or everything).items()]
+    plots["gap"] = f"Training accuracy exceeds test accuracy by {', '.join(gaps)} points", plot_gaps, results
+    common.report(results, args, data, plots)
     print_losses(results)
-    if args.unchanged and data.name == "MNIST":
+    if args.is_default and data.name == "MNIST":
         check_findings(results)
 
 

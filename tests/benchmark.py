@@ -46,6 +46,10 @@ def run(*command):
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT).stdout
 
 
+def be_silent(images, line=""):
+    pass
+
+
 def median(values, digits=2):
     return round(statistics.median(values), digits)
 
@@ -59,9 +63,9 @@ def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
 
 
-rotate_twice = partial(variant4.random_affine, degrees=(7, 15))
+rotate_twice = partial(common.random_affine, degrees=(7, 15))
 TRAININGS = {  # network, optimizer, batch size, augmentation
-    "baseline": (q1_baseline.baseline_cnn, adam, 64, None),
+    "baseline": (common.baseline_cnn, adam, 64, None),
     "narrow-head": (variant4.narrow_head_cnn, adam, 256, variant4.rotate_or_crop),
     "MnistNet_3": (variant5.mnist_net_3, sgd, 128, rotate_twice),
 }
@@ -70,10 +74,11 @@ TRAININGS = {  # network, optimizer, batch size, augmentation
 def speed_of_fit(data, network, optimizer, batch_size, augment, precision):
     """An epoch of `common.fit`, all of it but validation and health checks, which are one epoch's only."""
     model = network().to(memory_format=torch.channels_last)
-    options = {"epochs": 1, "batch_size": batch_size, "augment": augment, "precision": precision}
-    warm_up = data._replace(train=common.first(data.train, 1_000))
-    common.fit(model, warm_up, optimizer(model), progress=lambda *_: None, **options)
-    history = common.fit(model, data, optimizer(model), progress=lambda *_: None, **options)
+    config = {"epochs": 1, "batch_size": batch_size}
+    options = {"augment": augment, "precision": precision, "progress": be_silent}
+    warm_up = data._replace(train=common.head(data.train, 1_000))
+    common.fit(model, warm_up, optimizer(model), config, **options)
+    history = common.fit(model, data, optimizer(model), config, **options)
     return len(data.train.labels) / history.rows[0]["seconds"]
 
 
@@ -105,7 +110,7 @@ def measure_training(_):
     with tempfile.TemporaryDirectory() as folder:
         write_mnist(Path(folder), train=IMAGES * 12 // 11 + 12)
         data = load(folder, limit=IMAGES)
-        data = data._replace(val=common.first(data.val, 1))
+        data = data._replace(val=common.head(data.val, 1))
         rounds = {}
         for _ in range(ROUNDS):
             for name, (network, optimizer, batch_size, augment) in TRAININGS.items():
@@ -229,6 +234,7 @@ def measure_health(data_dir):
     import peers
 
     from q4_break import fault_gallery as gallery
+    from q4_break import health
 
     data = load(data_dir)
     tools = ["ours", *peers.PEERS]
@@ -239,30 +245,32 @@ def measure_health(data_dir):
     }
 
     def judge(group, model, history, named=False):
-        probe = common.first(data.train, gallery.PROBE)
+        probe = common.head(data.train, health.PROBE)
         found[group]["trainings"] += 1
         found[group]["named by ours"] += named
         found[group]["ours"] += bool(history.health)
         for name, rules in peers.PEERS.items():
             found[group][name] += bool(rules(model, history, probe))
 
-    silent = lambda *_: None
     for config in gallery.RUNS.values():
-        images = data._replace(train=common.first(data.train, config["images"]))
-        model, history = gallery.train(config, images, seed=0, progress=silent)
+        images = data._replace(train=common.head(data.train, config["images"]))
+        model, history = gallery.train(config, images, seed=0, progress=be_silent)
         fault = config["fault"]
-        first = common.alarm_names(history.health[:1])
+        first = health.alarm_names(history.health[:1])
         group = f"faulty, {part[config['network']]}" if fault else "healthy, of the gallery"
         judge(group, model, history, bool(fault) and bool(first) and first[0] in gallery.FAULTS[fault][1])
     for name in healthy.TRAININGS:
         judge("healthy, others", *healthy.train(name, data))
 
     torch.manual_seed(0)
-    model = q1_baseline.baseline_cnn()
+    model = common.baseline_cnn()
     optimizer = adam(model)
-    history = common.fit(model, data, optimizer, epochs=1, batch_size=64, progress=silent)
+    history = common.fit(model, data, optimizer, {"epochs": 1, "batch_size": 64}, progress=be_silent)
+    recorder = health.Recorder(model)
+    recorder.start_epoch()
+    recorder.end_epoch(data.train.labels[:64])
     started = time.perf_counter()
-    gallery.check_health(model, history, data, optimizer)
+    health.check_health(model, history, recorder, optimizer, data.train, data.val, common.normalize)
     share = (time.perf_counter() - started) / history.rows[0]["seconds"]
     return {**found, "checks, share of an epoch of the baseline": round(share, 4)}
 
@@ -287,20 +295,24 @@ def measure_synthetic(data_dir):
     drawn = load(data_dir, "synthetic")
     seconds = time.perf_counter() - started
     real = load(data_dir, "mnist")
-    figure = common.new_figure(12, 6)
-    for axes, (images, labels) in zip(figure.subplots(1, 2), (drawn.train, real.train), strict=True):
-        rows = [images[labels == digit][:10] for digit in range(10)]
-        q1_baseline.draw_images(axes, torch.cat(rows), columns=10)
-    common.save_figure(HERE / "benchmark_digits.png", figure, "Left: synthetic digits. Right: MNIST", "MNIST")
-    accuracies = []
+    title = "Left: synthetic digits. Right: MNIST"
+    common.save_plot(HERE / "benchmark_digits.png", title, "MNIST", plot_digits, drawn.train, real.train)
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--only", "baseline", "--seeds", "5", "--out-dir", folder]
         args = common.parse_args(q1_baseline.__file__, "", q1_baseline.RUNS, arguments)
         mixed = drawn._replace(test=real.test)
-        for seed in common.run_all(q1_baseline.train, args, mixed)["baseline"]:
-            accuracies.append(seed.scores["test_accuracy"])
+        accuracies = common.test_accuracies(common.run_all(q1_baseline.train, args, mixed)["baseline"])
     mean, std = (round(value, 2) for value in common.mean_std(accuracies))
     return {"seconds": round(seconds, 1), "test_accuracy_on_mnist": accuracies, "mean": mean, "std": std}
+
+
+def plot_digits(*splits):
+    """Ten digits of each class, of one split beside the other."""
+    figure = common.new_figure(12, 6)
+    for axes, (images, labels) in zip(figure.subplots(1, 2), splits, strict=True):
+        rows = [images[labels == digit][:10] for digit in range(10)]
+        common.draw_images(axes, torch.cat(rows), columns=10)
+    return figure
 
 
 def measure_photos(data_dir, count=1_000):

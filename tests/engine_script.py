@@ -21,22 +21,24 @@ RUNS = {name: {"epochs": 3, "batch_size": 64, "lr": 1e-3, "width": width} for wi
 
 def train(config, data, seed, **settings):
     """The environment variable TROUBLE names a run and what happens to it at the end of an epoch: "b die" (SIGKILL),
-    "b die once", "b raise", "b wait" (for ever); ATTEMPTS names a file that gets a line for each training."""
-    run = settings["identity"]["run"]
+    "b raise", "b interrupt" (Ctrl-C), "b wait" (for ever); ATTEMPTS names a file that gets a line for each training."""
+    run = settings["fingerprint"]["run"]
     if attempts := os.environ.get("ATTEMPTS"):
         with open(attempts, "a") as file:
             print(run, seed, file=file)
     who, _, trouble = os.environ.get("TROUBLE", "").partition(" ")
     progress = settings.pop("progress")
 
-    def troubled(images, line):
+    def troubled(images, line=""):
         progress(images, line)
         if line and run == who:
             if trouble == "raise":
                 raise RuntimeError("no memory left\nat all")
             if trouble == "wait":
                 time.sleep(1000)
-            if trouble == "die" or not settings["resume"]:
+            if trouble == "interrupt":
+                raise KeyboardInterrupt
+            if trouble == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
 
     torch.manual_seed(seed)
@@ -44,23 +46,14 @@ def train(config, data, seed, **settings):
     model = nn.Sequential(nn.Conv2d(1, width, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(144 * width, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"])
     assert data.test is None  # what trains must not see it
-    return model, common.fit(
-        model,
-        data,
-        optimizer,
-        epochs=config["epochs"],
-        batch_size=config["batch_size"],
-        seed=seed,
-        progress=troubled,
-        **settings,
-    )
+    return model, common.fit(model, data, optimizer, config, seed=seed, progress=troubled, **settings)
 
 
 def main(argv=None):
     args = common.parse_args(__file__, __doc__, RUNS, argv)
     data = common.load_data(args)
     results = common.run_all(train, args, data)
-    common.report(results, args, data)
+    common.report(results, args, data, {"curves": ("Accuracy", common.plot_curves, results)})
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import common
-from q1_baseline import baseline_cnn
-from q2_variants import variant1_kernel_sizes, variant2_batchnorm_gap, variant3_advanced_combo
+from common import advanced_combo_cnn, baseline_cnn
+from q2_variants import variant1_kernel_sizes, variant2_batchnorm_gap
 from q2_variants import variant4_under_25k as variant4
 from q2_variants import variant5_under_10k as variant5
 from q4_break.fault_gallery import deep_cnn, lenet, mlp
@@ -38,6 +38,10 @@ def small_cnn(activation=nn.ReLU, width=8, norm=None, pool=nn.MaxPool2d):
     for inputs, outputs in ((1, width), (width, 2 * width)):
         layers += [nn.Conv2d(inputs, outputs, 3), *([norm(outputs)] if norm else []), activation(), pool(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(50 * width, 10))
+
+
+def be_silent(images, line=""):
+    pass
 
 
 def linear():
@@ -84,7 +88,7 @@ TRAININGS = {  # network, optimizer, learning rate, batch size, images, epochs
     "baseline, one epoch": (baseline_cnn, AdamW, 1e-3, 32, 5000, 1),
     "kernel sizes": (variant1_kernel_sizes.kernel_sizes_cnn, Adam, 1e-3, 64, 3000, 2),
     "BatchNorm and GAP": (variant2_batchnorm_gap.batchnorm_gap_cnn, Adam, 3e-3, 64, 3000, 3),
-    "AdvancedComboCNN, SGD": (variant3_advanced_combo.advanced_combo_cnn, SGD, 0.05, 64, 3000, 3),
+    "AdvancedComboCNN, SGD": (advanced_combo_cnn, SGD, 0.05, 64, 3000, 3),
     "narrow-head": (variant4.narrow_head_cnn, Adam, 3e-3, 64, 5000, 2),
     "squeeze": (variant4.squeeze_cnn, Adam, 2e-3, 64, 5000, 3),
     "MnistNet_2": (variant5.mnist_net_2, SGD, 0.05, 64, 3000, 3),
@@ -97,7 +101,7 @@ def train(name, data, seed=0):
     network, optimizer, lr, batch_size, images, epochs = TRAININGS[name]
     torch.manual_seed(seed)
     model = network()
-    part = data._replace(train=common.first(data.train, images), val=common.first(data.val, 1_000))
+    part = data._replace(train=common.head(data.train, images), val=common.head(data.val, 1_000))
     optimizer = optimizer(model.parameters(), lr=lr)
-    silent = lambda *_: None
-    return model, common.fit(model, part, optimizer, epochs=epochs, batch_size=batch_size, seed=seed, progress=silent)
+    config = {"epochs": epochs, "batch_size": batch_size}
+    return model, common.fit(model, part, optimizer, config, seed=seed, progress=be_silent)

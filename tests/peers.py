@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import normalize
-from q4_break.fault_gallery import layer_outputs, layer_weights
+from q4_break.health import layer_outputs, layer_weights
 
 
 def autotrainer(model, history, probe):
@@ -37,7 +37,7 @@ def autotrainer(model, history, probe):
 def gradients_of(model, probe):
     """The norms of the gradients of the layers' weights, and the share of zeros in all of them."""
     weights = [weight for weight in layer_weights(model).values() if weight.requires_grad]
-    _, logits = layer_outputs(model, probe.images)
+    _, logits = layer_outputs(model, normalize(probe.images))
     gradients = torch.autograd.grad(F.cross_entropy(logits, probe.labels), weights)
     zeros = torch.cat([gradient.flatten() == 0 for gradient in gradients]).float().mean().item()
     return [gradient.norm().item() for gradient in gradients], zeros

@@ -55,8 +55,8 @@ def test_normalize_does_not_change_its_argument():
 
 
 def test_batches_hold_every_image_once_with_its_label(tiny):
-    order = torch.Generator().manual_seed(3)
-    seen = list(common.batches(tiny.train, 100, order))
+    shuffle_rng = torch.Generator().manual_seed(3)
+    seen = list(common.batches(tiny.train, 100, shuffle_rng))
     assert [len(labels) for _, labels in seen] == [100] * 8 + [80]
     images, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
     for digit in range(10):

@@ -10,9 +10,11 @@ from conftest import call_script, results_in
 from torch import nn
 
 import common
-from q1_baseline import baseline_cnn
+from common import baseline_cnn
 from q4_break import fault_gallery as gallery
-from q4_break.fault_gallery import check_data, distinct_units, layer_outputs, mlp
+from q4_break import health
+from q4_break.fault_gallery import mlp
+from q4_break.health import check_data, distinct_units, layer_outputs
 
 
 def test_distinct_units_counts_rows_that_differ():
@@ -26,27 +28,44 @@ def test_dead_share_counts_units_that_are_zero_for_all_images():
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 4), nn.ReLU(), nn.Linear(4, 10))
     nn.init.zeros_(model[1].weight)
     model[1].bias.data = torch.tensor([1.0, 0, -1, -2])
-    outputs, logits = layer_outputs(model, torch.zeros(3, 1, 28, 28, dtype=torch.uint8))
+    outputs, logits = layer_outputs(model, torch.zeros(3, 1, 28, 28))
     assert [name for name, _, _ in outputs] == list("0123")
-    assert gallery.dead_share(outputs[2][2]) == 0.75
+    assert health.dead_share(outputs[2][2]) == 0.75
     assert logits is outputs[3][2] and logits.shape == (3, 10)
 
 
 # ---- A healthy training, which each test changes in one thing --------------------------------------------------------
+def be_silent(images, line=""):
+    pass
+
+
 def healthy_network():
     torch.manual_seed(0)
     return baseline_cnn(dropout=0.1)
 
 
-def healthy_history(model, steps=None, scale=0.5, **last):
-    """Of two epochs: every parameter moves by `scale` of its length; `last` changes the last row of the log."""
+def healthy_history(steps=None, **last):
+    """Of two epochs; `last` changes the last row of the log."""
     rows = [
         {"epoch": i, "train_loss": 0.2, "val_loss": 0.2, "train_accuracy": 94.4, "val_accuracy": 94.1} for i in (1, 2)
     ]
     rows[-1] |= last
-    updates = [[[1.0, 1.0, scale]] * len(list(model.parameters()))] * 2
-    steps = steps or [2.3 / (i + 1) for i in range(100)]
-    return common.History(rows, steps, 2, updates=updates, batch_labels=list(range(10)) * 6)
+    return common.History(rows, steps or [2.3 / (i + 1) for i in range(100)], 2)
+
+
+def healthy_recorder(model, update=(1.0, 1.0, 0.5)):
+    """Of two epochs, in which every parameter moves so: its length before, after, and the distance."""
+    recorder = health.Recorder(model)
+    recorder.updates = [[list(update)] * len(list(model.parameters()))] * 2
+    recorder.batch_labels = list(range(10)) * 6
+    return recorder
+
+
+def check_health(model, data, optimizer=None, history=None, recorder=None):
+    """The alarms of the healthy training, but for what is given."""
+    history, recorder = history or healthy_history(), recorder or healthy_recorder(model)
+    optimizer = optimizer or torch.optim.Adam(model.parameters())
+    return health.check_health(model, history, recorder, optimizer, data.train, data.val, common.normalize)
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +74,16 @@ def trained():
     data = common.split_data(*common.draw_digits(1650, 0), *common.draw_digits(100, 1), "synthetic digits")
     model = healthy_network()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    history = common.fit(model, data, optimizer, epochs=2, batch_size=32, progress=lambda *_: None)
+    history = common.fit(model, data, optimizer, {"epochs": 2, "batch_size": 32}, progress=be_silent)
     return data, model, history
 
 
-def check(trained, change=lambda model: None, data=None, optimizer=None, history=None):
-    """The alarms of the healthy training after `change` to its network, or with other data, optimizer or history."""
+def check(trained, change=None, **others):
+    """The alarms of the healthy training after `change` to its network, or with another history or recorder."""
     model = copy.deepcopy(trained[1])
-    change(model)
-    optimizer = optimizer or torch.optim.Adam(model.parameters())
-    history = history or healthy_history(model)
-    return gallery.check_health(model, history, data or trained[0], optimizer)
+    if change:
+        change(model)
+    return check_health(model, trained[0], **others)
 
 
 def test_trained_network_sets_off_no_alarm(trained):
@@ -82,33 +100,45 @@ def test_trained_network_sets_off_no_alarm(trained):
         ({"train_loss": 0.001, "val_loss": 0.1, "train_accuracy": 100, "val_accuracy": 98}, ["overfitting"]),
         ({"train_loss": 0.001, "train_accuracy": 99.9, "val_accuracy": 99.2}, []),
         ({"train_accuracy": 94.0, "val_accuracy": 80.0}, ["overfitting"]),
-        ({"scale": 0.001}, ["learning rate too low"]),
     ],
 )
 def test_alarms_of_a_history(changes, alarms, trained):
-    assert check(trained, history=healthy_history(trained[1], **changes)) == alarms
+    assert check(trained, history=healthy_history(**changes)) == alarms
 
 
 def test_parameters_that_never_moved_are_named(trained):
-    history = healthy_history(trained[1])
-    history.updates = [[[1.0, 1.0, 0.5], [1.0, 1.0, 0.0], *epoch[2:]] for epoch in history.updates]
-    assert check(trained, history=history) == ["parameters not updated (0.bias)"]
-    history.updates = [[[1.0, 1.0, 0.0]] * len(epoch) for epoch in history.updates]
-    (alarm,) = check(trained, history=history)
+    recorder = healthy_recorder(trained[1])
+    recorder.updates = [[[1.0, 1.0, 0.5], [1.0, 1.0, 0.0], *epoch[2:]] for epoch in recorder.updates]
+    assert check(trained, recorder=recorder) == ["parameters not updated (0.bias)"]
+    (alarm,) = check(trained, recorder=healthy_recorder(trained[1], (1.0, 1.0, 0.0)))
     assert alarm.startswith("parameters not updated (0.weight, 0.bias, 3.weight")
 
 
-def test_lengths_of_weights_show_decay_and_small_starts(trained):
-    history = healthy_history(trained[1])
-    history.updates[-1] = [[1.0, 0.01, 1.0], *history.updates[-1][1:]]
-    assert check(trained, history=history) == ["weights decayed"]
-    history = healthy_history(trained[1])
-    history.updates = [[[0.001, 1.0, 1.0], *epoch[1:]] for epoch in history.updates]
-    assert check(trained, history=history) == ["initial weights too small"]
+def test_lengths_of_updates_show_decay_small_starts_and_small_steps(trained):
+    assert check(trained, recorder=healthy_recorder(trained[1], (1.0, 1.0, 0.001))) == ["learning rate too low"]
+    recorder = healthy_recorder(trained[1])
+    recorder.updates[-1] = [[1.0, 0.01, 1.0], *recorder.updates[-1][1:]]
+    assert check(trained, recorder=recorder) == ["weights decayed"]
+    recorder = healthy_recorder(trained[1])
+    recorder.updates = [[[0.001, 1.0, 1.0], *epoch[1:]] for epoch in recorder.updates]
+    assert check(trained, recorder=recorder) == ["initial weights too small"]
+
+
+def test_recorder_measures_updates_and_continues_from_its_state():
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.data = torch.tensor([[3.0, 4.0]])
+    recorder = health.Recorder(layer)
+    recorder.start_epoch()
+    layer.weight.data = torch.tensor([[0.0, 4.0]])
+    recorder.end_epoch(torch.tensor([7, 8]))
+    assert recorder.updates == [[[5.0, 4.0, 3.0]]] and recorder.batch_labels == [7, 8]
+    other = health.Recorder(nn.Linear(2, 1, bias=False))
+    other.load_state_dict(recorder.state_dict())
+    assert other.state_dict() == recorder.state_dict()
 
 
 def test_divergence_is_the_only_alarm_of_weights_that_are_not_numbers(trained):
-    history = healthy_history(trained[1], steps=[2.3, math.nan])
+    history = healthy_history(steps=[2.3, math.nan])
     history.diverged = True
     change = lambda model: [nn.init.constant_(p, math.nan) for p in model.parameters()]
     assert check(trained, change, history=history) == ["diverged"]
@@ -138,11 +168,9 @@ NETWORK = {  # a change of the trained network, and the first alarm
 @pytest.mark.parametrize("alarm", NETWORK)
 def test_first_alarm_of_a_changed_network(alarm, trained):
     model = copy.deepcopy(trained[1]).train()
-    history = healthy_history(model)
     optimizer = torch.optim.Adam(model.parameters())
     NETWORK[alarm](model)
-    history.updates = healthy_history(model).updates
-    assert gallery.check_health(model, history, trained[0], optimizer)[0] == alarm
+    assert check_health(model, trained[0], optimizer)[0] == alarm
 
 
 def test_parameters_that_are_no_weights_may_be_equal(trained):
@@ -156,7 +184,7 @@ def test_saturated_activations_are_named(trained):
     torch.manual_seed(0)
     model = mlp(nn.Tanh)
     gallery.scale_weights(model, 30.0, slice(0, -1))
-    alarms = gallery.check_health(model, healthy_history(model), trained[0], torch.optim.Adam(model.parameters()))
+    alarms = check_health(model, trained[0])
     assert alarms[0] == "saturated activations (2, 4)"
 
 
@@ -164,20 +192,20 @@ def test_wrong_running_averages_are_found(trained):
     torch.manual_seed(0)
     model = mlp(batchnorm=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    silent = lambda *_: None
-    assert common.fit(model, trained[0], optimizer, epochs=2, batch_size=32, progress=silent).health == []
+    config = {"epochs": 2, "batch_size": 32}
+    assert common.fit(model, trained[0], optimizer, config, progress=be_silent).health == []
     model[2].running_var *= 4
-    assert gallery.check_health(model, healthy_history(model), trained[0], optimizer) == ["batch statistics"]
+    assert check_health(model, trained[0]) == ["batch statistics"]
 
 
 def test_gradients_that_are_not_reset_are_found(trained):
     model = copy.deepcopy(trained[1])
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.zeros(2, 1, 28, 28)).sum().backward()
-    assert gallery.check_health(model, healthy_history(model), trained[0], optimizer) == []  # it does reset them
+    assert check_health(model, trained[0], optimizer) == []  # it does reset them
     model(torch.zeros(2, 1, 28, 28)).sum().backward()
     optimizer.zero_grad = lambda: None
-    assert gallery.check_health(model, healthy_history(model), trained[0], optimizer) == ["gradients not reset"]
+    assert check_health(model, trained[0], optimizer) == ["gradients not reset"]
 
 
 def test_frozen_parameters_do_not_crash(trained):
@@ -187,25 +215,24 @@ def test_frozen_parameters_do_not_crash(trained):
 
 
 def test_data_are_judged_by_their_nearest_neighbours(trained):
-    train, val, history = trained[0].train, trained[0].val, healthy_history(trained[1])
+    split, val, *_ = trained[0]
 
-    def alarms(train, val):
-        return [name for name, found in check_data(train, val, history, 10).items() if found]
+    def alarms(split, val, batch_labels=range(10)):
+        return [name for name, found in check_data(split, val, batch_labels, 10).items() if found]
 
-    assert alarms(train, val) == []
-    mixed = train.labels[torch.randperm(len(train.labels))]
-    assert "wrong labels" in alarms(train._replace(labels=mixed), val)
-    assert alarms(train, val._replace(images=255 - val.images)) == ["validation data differ"]
-    assert "identical images" in alarms(train._replace(images=torch.zeros_like(train.images)), val)
-    assert alarms(common.first(train, 1), val) == []  # too few to judge
-    history.batch_labels = [3] * 60
-    assert alarms(train, val) == ["not shuffled"]
+    assert alarms(split, val) == []
+    mixed = split.labels[torch.randperm(len(split.labels))]
+    assert "wrong labels" in alarms(split._replace(labels=mixed), val)
+    assert alarms(split, val._replace(images=255 - val.images)) == ["validation data differ"]
+    assert "identical images" in alarms(split._replace(images=torch.zeros_like(split.images)), val)
+    assert alarms(common.head(split, 1), val) == []  # too few to judge
+    assert alarms(split, val, [3] * 60) == ["not shuffled"]
 
 
 def test_checks_change_neither_weights_nor_random_state(trained):
     model = copy.deepcopy(trained[1]).train()
     before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
-    gallery.check_health(model, healthy_history(model), trained[0], torch.optim.Adam(model.parameters()))
+    check_health(model, trained[0])
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(p.grad is None for p in model.parameters()) and model.training
@@ -214,7 +241,7 @@ def test_checks_change_neither_weights_nor_random_state(trained):
 # ---- The gallery -----------------------------------------------------------------------------------------------------
 def test_every_alarm_has_an_advice_and_every_fault_an_alarm():
     named = set().union(*(alarms for _, alarms in gallery.FAULTS.values()))
-    assert named <= set(gallery.ALARMS)
+    assert named <= set(health.ALARMS)
     assert gallery.FAULTS.keys() == gallery.DATA.keys() | gallery.NETWORK.keys() | gallery.OPTIMIZER.keys()
     for networks, _ in gallery.FAULTS.values():
         assert set(networks) & set(gallery.CALIBRATION) and set(networks) & set(gallery.HELD_OUT)
@@ -232,7 +259,7 @@ def test_small_gallery_names_faults_of_an_mlp(mnist_folder, tmp_path, monkeypatc
     right = 0
     for run in found.values():
         (seed,) = run["seeds"]
-        first = common.alarm_names(seed["health"][:1])
+        first = health.alarm_names(seed["health"][:1])
         right += (
             first == [] if run["config"]["fault"] is None else set(first) <= gallery.FAULTS[run["config"]["fault"]][1]
         )

@@ -9,10 +9,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as torchvision
 
 import common
-from q1_baseline import baseline_cnn, print_layers
+from common import advanced_combo_cnn, affine, baseline_cnn, print_layers, random_affine
 from q2_variants import variant1_kernel_sizes as variant1
 from q2_variants import variant2_batchnorm_gap as variant2
-from q2_variants import variant3_advanced_combo as variant3
 from q2_variants import variant4_under_25k as variant4
 from q2_variants import variant5_under_10k as variant5
 from q2_variants import variant6_fastest as variant6
@@ -23,7 +22,7 @@ NETWORKS = {  # parameters of the layers that have any, and their published sum
     baseline_cnn: ([320, 18_496, 401_536, 1_290], 421_642),
     variant1.kernel_sizes_cnn: ([832, 2_112, 401_536, 1_290], None),
     variant2.batchnorm_gap_cnn: ([144, 32, 4_608, 64, 18_432, 128, 36_864, 128, 650], None),
-    variant3.advanced_combo_cnn: ([832, 64, 18_496, 128, 8_320, 256, 1_290], 29_386),
+    advanced_combo_cnn: ([832, 64, 18_496, 128, 8_320, 256, 1_290], 29_386),
     variant4.narrow_head_cnn: ([80, 1_168, 3_480, 19_250, 510], 24_488),
     variant4.squeeze_cnn: ([80, 1_168, 136, 1_168, 272, 4_640, 1_056, 15_690], 24_210),
     variant5.mnist_net_1: ([72, 1_152, 2_304, 128, 576, 576, 1_152, 160, 2_500], 8_620),
@@ -181,7 +180,7 @@ def test_affine_agrees_with_torchvision_image_by_image(images):
     angle = torch.rand(40, generator=generator) * 60 - 30
     shift = torch.rand(40, 2, generator=generator) * 8 - 4
     scale = 0.7 + 0.6 * torch.rand(40, generator=generator)
-    ours = variant4.affine(images, angle, shift, scale)
+    ours = affine(images, angle, shift, scale)
     for i, image in enumerate(images):
         options = {"translate": shift[i].tolist(), "scale": scale[i].item(), "shear": [0.0, 0.0]}
         theirs = torchvision.affine(image, angle[i].item(), interpolation=InterpolationMode.BILINEAR, **options)
@@ -189,7 +188,7 @@ def test_affine_agrees_with_torchvision_image_by_image(images):
 
 
 def test_crop_agrees_with_torchvision(images, monkeypatch):
-    monkeypatch.setattr(variant4, "random_affine", lambda images, *_, **__: images)
+    monkeypatch.setattr(common, "random_affine", lambda images, *_, **__: images)
     many = images.repeat(50, 1, 1, 1)
     ours = variant4.rotate_or_crop(many, torch.Generator().manual_seed(0))
     cropped = torchvision.resize(torchvision.center_crop(many, [22, 22]), [28, 28])
@@ -200,9 +199,9 @@ def test_crop_agrees_with_torchvision(images, monkeypatch):
 
 def test_random_affine_stays_within_its_limits(images, monkeypatch):
     seen = []
-    monkeypatch.setattr(variant4, "affine", lambda images, *arguments: seen.append(arguments) or images)
+    monkeypatch.setattr(common, "affine", lambda images, *arguments: seen.append(arguments) or images)
     generator = torch.Generator().manual_seed(0)
-    variant4.random_affine(images.repeat(50, 1, 1, 1), generator, degrees=(7, 15), shift=2, scale=0.1)
+    random_affine(images.repeat(50, 1, 1, 1), generator, degrees=(7, 15), shift=2, scale=0.1)
     angle, shift, scale = seen[0]
     assert 18 < angle.abs().max() <= 22 and abs(angle.mean()) < 1
     # Two uniform rotations in a row: their variances add.
@@ -211,7 +210,7 @@ def test_random_affine_stays_within_its_limits(images, monkeypatch):
 
 
 def test_no_augmentation_is_the_identity(images):
-    unchanged = variant4.random_affine(images, torch.Generator().manual_seed(0))
+    unchanged = random_affine(images, torch.Generator().manual_seed(0))
     torch.testing.assert_close(unchanged, images, atol=0.01, rtol=0)
 
 
@@ -220,7 +219,7 @@ def test_augmented_training_is_deterministic(tiny):
         torch.manual_seed(0)
         model = variant4.narrow_head_cnn()
         optimizer = torch.optim.Adam(model.parameters())
-        return common.fit(model, tiny, optimizer, epochs=1, batch_size=128, augment=augment).step_losses
+        return common.fit(model, tiny, optimizer, {"epochs": 1, "batch_size": 128}, augment=augment).step_losses
 
-    rotate = partial(variant4.random_affine, degrees=(15,))
+    rotate = partial(random_affine, degrees=(15,))
     assert losses(rotate) == losses(rotate) != losses(None)

@@ -26,7 +26,7 @@ import common
 import q1_baseline
 from q2_variants import variant4_under_25k as variant4
 from q2_variants import variant8_most_accurate as variant8
-from q4_break import fault_gallery
+from q4_break import health
 
 PLOTS = {
     "q1_baseline": {"samples", "curves", "confusion", "mistakes"},
@@ -63,7 +63,7 @@ def test_script_leaves_its_log_its_results_and_its_plots(script, mnist_folder, t
     assert [row["run"] for row in log if row["epoch"] == "1"] == list(module.RUNS)
     for name, run in runs.items():
         assert run["config"] == {**json.loads(json.dumps(module.RUNS[name])), "epochs": 2}
-        assert set(common.alarm_names(run["seeds"][0]["health"])) <= set(fault_gallery.ALARMS)
+        assert set(health.alarm_names(run["seeds"][0]["health"])) <= set(health.ALARMS)
         assert re.search(rf"^{re.escape(name)} +{run['parameters']:,} +{run['mean']:.2f} %  +", out, re.MULTILINE)
     files = {f"{stem}_{what}.png" for what in PLOTS[stem]} | {f"{stem}.csv", f"{stem}.json", f"{stem}_runs"}
     if stem == "variant8_most_accurate":
@@ -109,7 +109,7 @@ def test_results_of_q1_agree_with_its_log_and_its_weights(finished, mnist_folder
             accuracies = [float(row["val_accuracy"]) for row in rows]
             assert len(accuracies) == seed["epochs"] == 4
             assert seed["val_accuracy"] == max(accuracies) == accuracies[seed["best_epoch"] - 1]
-            model = q1_baseline.baseline_cnn()
+            model = common.baseline_cnn()
             model.load_state_dict(weights_in(finished)[f"{name.replace(' ', '-')}_seed{seed['seed']}.pt"])
             assert seed["test_accuracy"] == common.evaluate(model, test)[1]
 
@@ -128,7 +128,7 @@ def test_errors_of_networks_and_of_their_ensemble():
     for network, predicted in enumerate([[1, 7, 3, 4], [1, 7, 3, 5], [1, 7, 3, 5]]):
         logits[network, range(4), predicted] = 1.0
     logits[0, 3, 4] = 100.0  # one network that is sure outweighs two that are not
-    results = [common.Result({}, seed, 0, common.History(), {}, row) for seed, row in enumerate(logits)]
+    results = [common.Result({}, seed, 1, common.History(), test_logits=row) for seed, row in enumerate(logits)]
     assert variant8.list_errors(results, labels) == [
         {"image": 1, "label": 2, "ensemble": 7, "networks_wrong": 3},
         {"image": 3, "label": 4, "ensemble": 4, "networks_wrong": 2},
@@ -233,8 +233,7 @@ def test_single_image_is_enough(mnist_folder, tmp_path):
 
 def test_gallery_without_mistakes_is_empty(tiny, tmp_path):
     logits = 100 * torch.nn.functional.one_hot(tiny.test.labels, 10).float()
-    figure = q1_baseline.plot_mistakes(logits, tiny.test)
-    common.save_figure(tmp_path / "mistakes.png", figure, "no mistakes", "MNIST")
+    common.save_plot(tmp_path / "mistakes.png", "no mistakes", "MNIST", q1_baseline.plot_mistakes, logits, tiny.test)
     assert (tmp_path / "mistakes.png").stat().st_size > 1000
 
 
@@ -245,9 +244,9 @@ def test_divergence_is_reported_and_ends_with_exit_code_1(mnist_folder, tmp_path
         assert run["seeds"][0]["health"] == ["diverged"]
 
 
-def check_claims(health, intended, claims=()):
-    result = common.Result({}, 0, 0, common.History(health=health), {})
-    common.check_claims([*claims, *common.health_claims(intended, {"run": [result]})])
+def check_claims(alarms, expected, claims=()):
+    result = common.Result({}, 0, 1, common.History(health=alarms))
+    health.check_claims([*claims, *health.health_claims(expected, {"run": [result]})])
 
 
 def test_true_claims_are_a_reproduced_failure(capsys):
@@ -258,7 +257,7 @@ def test_true_claims_are_a_reproduced_failure(capsys):
 
 
 @pytest.mark.parametrize(
-    ("health", "intended", "claims"),
+    ("alarms", "expected", "claims"),
     [
         ([], {"run": "diverged"}, []),  # a missed alarm
         (["overfitting"], {}, []),  # a false alarm
@@ -266,9 +265,9 @@ def test_true_claims_are_a_reproduced_failure(capsys):
         ([], {}, [("it fails", False)]),
     ],
 )
-def test_false_claim_ends_with_exit_code_1(health, intended, claims, capsys):
+def test_false_claim_ends_with_exit_code_1(alarms, expected, claims, capsys):
     with pytest.raises(SystemExit, match="^failure not reproduced"):
-        check_claims(health, intended, claims)
+        check_claims(alarms, expected, claims)
     assert "NO  " in capsys.readouterr().out
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 import common
-from q1_baseline import baseline_cnn
-from q2_variants.variant4_under_25k import random_affine
+from common import baseline_cnn, random_affine
 
 STEPS = 7  # of 128 images, in an epoch of the 880 tiny ones
 
@@ -34,8 +33,7 @@ def test_loss_of_an_epoch_weights_a_smaller_last_batch_by_its_size(tiny):
     torch.manual_seed(0)
     model = baseline_cnn(dropout=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    options = {"epochs": 1, "batch_size": 300}  # 300, 300 and 280
-    history = common.fit(model, tiny, optimizer, **options)
+    history = common.fit(model, tiny, optimizer, {"epochs": 1, "batch_size": 300})  # 300, 300 and 280
     loss, accuracy, _ = common.evaluate(model, tiny.train)
     assert history.rows[0]["train_loss"] == pytest.approx(loss, rel=1e-5)
     assert history.rows[0]["train_accuracy"] == pytest.approx(accuracy)
@@ -66,7 +64,7 @@ def test_evaluation_changes_nothing(tiny):
     assert all(module.training for module in model.modules())
 
 
-def train(tiny, seed=0, dropout=0.2, lr=1e-3, scheduled=False, epochs=3, **options):
+def train(tiny, seed=0, dropout=0.2, lr=1e-3, scheduled=False, epochs=3, patience=None, **options):
     """A small training: (history without its clock, weights)."""
     torch.manual_seed(seed)
     model = small_cnn(dropout).to(tiny.train.labels.device)
@@ -74,7 +72,8 @@ def train(tiny, seed=0, dropout=0.2, lr=1e-3, scheduled=False, epochs=3, **optio
     if scheduled:
         cycle, total = torch.optim.lr_scheduler.OneCycleLR, epochs * STEPS
         options["scheduler"] = cycle(optimizer, 3 * lr, total_steps=total)
-    history = common.fit(model, tiny, optimizer, epochs=epochs, batch_size=128, seed=seed, **options)
+    config = {"epochs": epochs, "batch_size": 128, "patience": patience}
+    history = common.fit(model, tiny, optimizer, config, seed=seed, **options)
     for row in history.rows:
         del row["seconds"]
     return history, model.state_dict()
@@ -139,8 +138,7 @@ def test_last_epoch_can_be_kept_instead(tiny):
 def test_divergence_is_recorded_and_ends_the_run(tiny):
     model = baseline_cnn()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e20)
-    options = {"epochs": 5, "batch_size": 64}
-    history = common.fit(model, tiny, optimizer, **options)
+    history = common.fit(model, tiny, optimizer, {"epochs": 5, "batch_size": 64})
     assert history.diverged and len(history.rows) == 1
     assert not math.isfinite(history.rows[0]["train_loss"])
 
@@ -182,7 +180,7 @@ OPTIONS = [{}, {"patience": 2, "lr": 0.03}, {"scheduled": True, "augment": ROTAT
 def test_resumed_training_is_bit_identical_to_one_never_stopped(tiny, tmp_path, after, options):
     path = tmp_path / "c.pt"
     stop(tiny, path, after, **options)
-    resumed = train(tiny, checkpoint=path, resume=True, **options)
+    resumed = train(tiny, checkpoint=path, **options)
     assert same(train(tiny, **options), resumed)
 
 
@@ -191,16 +189,19 @@ def test_every_device_here_trains_augments_and_resumes(tiny, tmp_path, device):
     parts = [common.Split(*(t.to(device) for t in part)) for part in tiny[:3]]
     data, options = common.Dataset(*parts, tiny.name), {"augment": ROTATE}
     stop(data, tmp_path / "c.pt", STEPS + 1, **options)
-    resumed = train(data, checkpoint=tmp_path / "c.pt", resume=True, **options)
+    resumed = train(data, checkpoint=tmp_path / "c.pt", **options)
     assert same(train(data, **options), resumed)
 
 
 def test_resuming_a_finished_run_trains_no_further(tiny, tmp_path):
     options = {"patience": 2, "epochs": 60, "lr": 0.01, "checkpoint": tmp_path / "c.pt"}
-    assert same(train(tiny, **options), train(tiny, resume=True, **options))
+    first = train(tiny, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "train_epoch", None)
+        assert same(first, train(tiny, **options))
 
 
-PIECES = ["model", "optimizer", "scheduler", "order", "noise", "rng", "best", "history"]
+PIECES = ["model", "optimizer", "scheduler", "shuffle_rng", "augment_rng", "rng", "best", "history"]
 
 
 @pytest.mark.parametrize("piece", PIECES)
@@ -214,10 +215,10 @@ def test_no_piece_of_the_checkpoint_can_be_left_out(tiny, tmp_path, piece):
     last["history"]["rows"][-1]["val_accuracy"] = 100.1  # so that `best` is what stays
     last["history"]["best_epoch"] = 2
     torch.save(last, paths[1])
-    resumed = train(tiny, checkpoint=paths[1], resume=True, **options)
+    resumed = train(tiny, checkpoint=paths[1], **options)
     last[piece] = first[piece]
     torch.save(last, paths[1])
-    changed = train(tiny, checkpoint=paths[1], resume=True, **options)
+    changed = train(tiny, checkpoint=paths[1], **options)
     assert not same(resumed, changed)
 
 
@@ -239,14 +240,14 @@ def test_unusable_checkpoint_is_one_line(tiny, tmp_path, harm):
     train(tiny, **options)
     harm(tmp_path / "c.pt")
     with pytest.raises(SystemExit, match=r"^cannot resume: .*c\.pt is truncated or not a checkpoint of this project$"):
-        train(tiny, resume=True, **options)
+        train(tiny, **options)
 
 
 def test_checkpoint_of_another_network_says_what_differs(tiny, tmp_path):
     options = {"epochs": 1, "checkpoint": tmp_path / "c.pt"}
     train(tiny, **options)
     with pytest.raises(SystemExit, match=r"^cannot resume: .*: layers was Sequential.*p=0.2.*, is .*p=0.1.*$"):
-        train(tiny, resume=True, dropout=0.1, **options)
+        train(tiny, dropout=0.1, **options)
 
 
 def test_trace_of_a_script_is_resumed_too(tiny, tmp_path):
@@ -259,7 +260,7 @@ def test_trace_of_a_script_is_resumed_too(tiny, tmp_path):
                 patch.setattr(common, "evaluate", stop_at(2, common.evaluate))
                 train(tiny, **options)
             trace["batches"].clear()
-        return train(tiny, resume=stopped, **options)[0].trace
+        return train(tiny, **options)[0].trace
 
     assert traced(True) == traced(False) == {"batches": ([128] * 6 + [112]) * 3}
 
