@@ -86,7 +86,11 @@ def gather(value) -> list:
     values = [None] * WORLD
     try:
         if not distributed.is_initialized():
-            distributed.init_process_group("gloo", timeout=timedelta(days=30))  # one may train long after another
+            store, *_ = next(distributed.rendezvous("env://", RANK, WORLD))
+            generation = (store.add("starts", 1) - 1) // WORLD  # torchrun restarts all ranks, but its store stays
+            store = distributed.PrefixStore(f"generation {generation}", store)
+            forever = timedelta(days=30)  # one rank may train long after another
+            distributed.init_process_group("gloo", store=store, rank=RANK, world_size=WORLD, timeout=forever)
         distributed.all_gather_object(values, value)
     except RuntimeError:
         sys.exit("another of torchrun's ranks has ended; --resume continues")
@@ -703,8 +707,9 @@ def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> 
     try:
         failures = train_runs(train, data, left, workers)
     except KeyboardInterrupt:
-        begun = [run for run in share if run.path.exists() or run.checkpoint.exists()]
-        report_interrupted(load_results(begun), args, data)
+        report_interrupted(
+            load_results(run for run in share if run.path.exists() or run.checkpoint.exists()), args, data
+        )
     failures = list(itertools.chain(*gather(failures)))
     if failures:
         message = f"{len(failures)} of {len(runs)} runs failed, no results are reported: {'; '.join(failures)}"
@@ -852,9 +857,10 @@ def report(results: dict[str, list[Result]], args, data: Dataset, plots: dict[st
 def report_interrupted(results: dict[str, list[Result]], args, data: Dataset):
     """Write the log and the curves of the epochs so far, and end the program."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C
-    if any(result.history.rows for group in results.values() for result in group):
-        write_log(f"{args.stem}.csv", results)
-        save_plot(f"{args.stem}_curves.png", "Interrupted: the epochs so far", data.name, plot_curves, results)
+    begun = {name: [result for result in group if result.history.rows] for name, group in results.items()}
+    if begun := {name: group for name, group in begun.items() if group}:
+        write_log(f"{args.stem}.csv", begun)
+        save_plot(f"{args.stem}_curves.png", "Interrupted: the epochs so far", data.name, plot_curves, begun)
     print(f"interrupted; --resume continues what is in {args.stem}_runs", flush=True)
     sys.exit(130)
 
