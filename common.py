@@ -16,7 +16,6 @@ import math
 import multiprocessing
 import os
 import re
-import secrets
 import signal
 import statistics
 import subprocess
@@ -97,17 +96,6 @@ def gather(value) -> list:
     return values
 
 
-def follow_first_process():
-    """Of a worker process: it leaves Ctrl-C to the first process, and ends when that has ended."""
-
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def in_a_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
@@ -115,7 +103,7 @@ def in_a_line(error: Exception) -> str:
 def write_file(path, content: bytes):
     """Write `path` atomically: after a kill there is the old file or the new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}{PARTIAL}")
     try:
         temporary.write_bytes(content)
         for other in path.parent.glob(f".*{PARTIAL}"):  # of a process that was killed a minute ago or more
@@ -225,6 +213,10 @@ class Split(NamedTuple):
     images: Tensor  # uint8 (N, 1, 28, 28)
     labels: Tensor  # int64 (N,)
 
+    def head(self, count: int | None) -> "Split":
+        """The first `count` images with their labels (None: all)."""
+        return Split(self.images[:count], self.labels[:count])
+
 
 class Dataset(NamedTuple):
     train: Split
@@ -235,11 +227,6 @@ class Dataset(NamedTuple):
     def steps(self, batch_size: int) -> int:
         """Batches in an epoch; the last may be smaller."""
         return math.ceil(len(self.train.labels) / batch_size)
-
-
-def head(split: Split, count: int | None) -> Split:
-    """The first `count` images with their labels (None: all)."""
-    return Split(split.images[:count], split.labels[:count])
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -613,6 +600,10 @@ class Run(NamedTuple):
     fingerprint: dict  # all that the result depends on, but for the threads
     threads: int
     path: Path  # of the result, once the run is finished
+    history: History | None = None  # these are there once the run is finished; when it was stopped, only the history
+    parameters: int = 0
+    scores: dict = {}  # its entry in the results file
+    test_logits: Tensor | None = None  # (10000, 10)
 
     def __str__(self):
         return f"{self.name}, seed {self.seed}"
@@ -621,19 +612,6 @@ class Run(NamedTuple):
     def checkpoint(self) -> Path:
         """Of the run while it is not finished."""
         return self.path.with_name(f"{self.path.stem}_unfinished.pt")
-
-
-@dataclass
-class Result:
-    """A finished run; of a stopped one, the epochs so far, without scores."""
-
-    config: dict
-    seed: int
-    threads: int
-    history: History
-    parameters: int = 0
-    scores: dict = field(default_factory=dict)  # its entry in the results file
-    test_logits: Tensor | None = None  # (10000, 10)
 
 
 def list_runs(args, data: Dataset, configs: dict[str, dict], seeds: list[int], test: bool) -> list[Run]:
@@ -676,19 +654,18 @@ def list_unfinished(runs: list[Run], args) -> list[Run]:
     return left
 
 
-def load_result(run: Run) -> Result:
+def load_result(run: Run) -> Run:
     state = load_checkpoint(run.path if run.path.exists() else run.checkpoint, run.fingerprint)
-    history = History(**state["history"])
-    return Result(run.config, run.seed, state["threads"], history, **state.get("result", {}))
+    return run._replace(threads=state["threads"], history=History(**state["history"]), **state.get("result", {}))
 
 
-def load_results(runs) -> dict[str, list[Result]]:
+def load_results(runs) -> dict[str, list[Run]]:
     """By name, in the order of `runs`."""
     return {name: [load_result(run) for run in group] for name, group in itertools.groupby(runs, lambda run: run.name)}
 
 
 # ---- Engine: all runs side by side, each scored on the test split once -----------------------------------------------
-def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> dict[str, list[Result]]:
+def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> dict[str, list[Run]]:
     """Train all `configs` (default: args.runs) with all `seeds` (args.seeds): {name: results of its seeds}.
 
     `train(config, data, seed, **settings) -> (model, History)` passes `settings` to `fit`; its data have no test split:
@@ -745,7 +722,7 @@ def train_runs(train, data: Dataset, runs: list[Run], workers: int) -> list[str]
 def train_run(train, data: Dataset, run: Run, show) -> str:
     """Train and score a run, from its checkpoint on if there is one, and write its result. Returns what failed."""
     setup(run.threads)
-    data = data._replace(train=head(data.train, run.config.get("images")))
+    data = data._replace(train=data.train.head(run.config.get("images")))
 
     def progress(images, line=""):
         show(images, f"{run}: {line}" if line else "")
@@ -806,8 +783,15 @@ WORK = []  # of a worker process: train, data, messages; sent once, not with eac
 
 
 def start_worker(*work):
+    """Of a process of the pool, which leaves Ctrl-C to the first process and ends with it."""
+
+    def end_with_first_process():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     WORK[:] = work
-    follow_first_process()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_first_process, daemon=True).start()
 
 
 def train_in_worker(run: Run) -> str:
@@ -821,7 +805,7 @@ def mean_std(values: list[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if values[1:] else None
 
 
-def test_accuracies(results: list[Result]) -> list[float]:
+def test_accuracies(results: list[Run]) -> list[float]:
     """Test accuracy of each, in percent."""
     return [result.scores["test_accuracy"] for result in results]
 
@@ -832,14 +816,14 @@ def format_accuracy(values: list[float]) -> str:
     return f"{mean:.2f} %" if std is None else f"{mean:.2f} ± {std:.2f} %"
 
 
-def summarize(results: dict[str, list[Result]]) -> str:
+def summarize(results: dict[str, list[Run]]) -> str:
     """The test accuracy of all runs, for a title."""
     texts = [f"{name} {format_accuracy(test_accuracies(group))}" for name, group in results.items()]
     count = len(next(iter(results.values())))
     return f"Test accuracy: {'; '.join(texts)} ({count}\xa0seed{'s' if count > 1 else ''})"
 
 
-def report(results: dict[str, list[Result]], args, data: Dataset, plots: dict[str, tuple], expected_to_diverge=()):
+def report(results: dict[str, list[Run]], args, data: Dataset, plots: dict[str, tuple], expected_to_diverge=()):
     """Write <stem>.csv and <stem>.json, print the table of results, and write `plots`, {what: (title, function that
     returns a figure, *its arguments)}, as <stem>_<what>.png. A run that diverged, unless it is expected to, then ends
     the program with exit code 1."""
@@ -854,8 +838,8 @@ def report(results: dict[str, list[Result]], args, data: Dataset, plots: dict[st
         sys.exit(f"training diverged: {', '.join(unexpected)}; a lower --lr may help")
 
 
-def report_interrupted(results: dict[str, list[Result]], args, data: Dataset):
-    """Write the log and the curves of the epochs so far, and end the program."""
+def report_interrupted(results: dict[str, list[Run]], args, data: Dataset):
+    """Write log and curves of the epochs so far, and end the program."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C
     begun = {name: [result for result in group if result.history.rows] for name, group in results.items()}
     if begun := {name: group for name, group in begun.items() if group}:
@@ -873,13 +857,13 @@ def write_csv(path: Path | str, rows: list[dict]):
     write_file(path, file.getvalue().encode())
 
 
-def write_log(path: Path | str, results: dict[str, list[Result]]):
+def write_log(path: Path | str, results: dict[str, list[Run]]):
     """The training log: a row for each run and epoch."""
     runs = [(name, result) for name, group in results.items() for result in group]
     write_csv(path, [{"run": name, "seed": run.seed, **row} for name, run in runs for row in run.history.rows])
 
 
-def write_results(path: Path | str, results: dict[str, list[Result]], args, data: Dataset):
+def write_results(path: Path | str, results: dict[str, list[Run]], args, data: Dataset):
     """The results file; "threads" is a list if runs had different numbers."""
     runs = {}
     for name, group in results.items():
@@ -895,18 +879,13 @@ def write_results(path: Path | str, results: dict[str, list[Result]], args, data
     write_file(path, (json.dumps(json_ready(contents), indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def json_ready(value):
-    """`value` with floats rounded to four digits. JSON has no NaN or infinity; write null."""
-    if isinstance(value, dict):
-        return {key: json_ready(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_ready(item) for item in value]
-    if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
-    return value
+def json_ready(contents: dict) -> dict:
+    """`contents` with floats rounded to four digits; JSON has no NaN or infinity, they become null."""
+    text = json.dumps(contents)
+    return json.loads(text, parse_float=lambda digits: round(float(digits), 4), parse_constant=lambda name: None)
 
 
-def print_table(results: dict[str, list[Result]], dataset: str):
+def print_table(results: dict[str, list[Run]], dataset: str):
     """Test accuracy and diagnosis of each run."""
     width = max(map(len, results))
     seeds = max(map(len, results.values()))
@@ -927,8 +906,6 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3
 def save_plot(path: Path | str, title: str, dataset: str, plot, *arguments):
     """Write `plot(*arguments)`, a Figure, as PNG with its title, which names the data set if it is not MNIST. A plot
     that fails is one line on stderr: it is no result."""
-    if RANK:
-        return
     try:
         import matplotlib  # late: --help need not wait for it
 
@@ -955,15 +932,8 @@ def new_figure(width: float, height: float):
 
 def accuracy_axis(axes, name="y"):
     """Scale an axis of accuracies (%) by the logarithm of the error: 10 and 99.5 are both legible."""
-
-    def scale(accuracy):
-        return -np.log(np.maximum(100.02 - accuracy, 0.01))
-
-    def inverse(y):
-        return 100.02 - np.exp(-y)
-
     set_scale, axis = (axes.set_yscale, axes.yaxis) if name == "y" else (axes.set_xscale, axes.xaxis)
-    set_scale("function", functions=(scale, inverse))
+    set_scale("function", functions=(lambda y: -np.log(np.maximum(100.02 - y, 0.01)), lambda z: 100.02 - np.exp(-z)))
     low, high = axis.get_view_interval()
     ticks = np.arange(99, 100, 0.1) if low > 98 else [0, 50, 80, 90, 95, 97, 98, 99, 99.5, 99.8, 100]
     axis.set_ticks([tick for tick in ticks if low <= tick <= high], minor=False)
@@ -985,37 +955,33 @@ def label_ends(axes, ends: list[tuple]):
         axes.annotate(text, (right, y), offset, textcoords="offset pixels", va="center", color=color)
 
 
-def plot_curves(results: dict[str, list[Result]]):
-    """Loss and accuracy by epoch: the mean over the seeds that are still training, in the band from the least to the
-    greatest. A single run has a colour each for training and validation; several have one each."""
+def plot_curves(results: dict[str, list[Run]]):
+    """Loss and accuracy by epoch, dashed of training: the mean over the seeds that are still training, in the band from
+    the least to the greatest."""
     figure = new_figure(12, 5)
-    single = len(results) == 1
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         axes.set_yscale("linear" if quantity == "accuracy" else "log")
         ends = []
         for (i, (name, group)), part in itertools.product(enumerate(results.items()), ("train", "val")):
-            color = COLORS[(i + (single and part == "val")) % len(COLORS)]
-            style = "-" if single or part == "val" else "--"
-            lines = [[row[f"{part}_{quantity}"] for row in result.history.rows] for result in group]
+            color = COLORS[i % len(COLORS)]
+            lines = [[row[f"{part}_{quantity}"] for row in run.history.rows] for run in group]
             columns = [[y for y in column if y is not None] for column in itertools.zip_longest(*lines)]
             epochs = range(1, len(columns) + 1)
             means = [statistics.fmean(column) for column in columns]
-            axes.plot(epochs, means, style, color=color, lw=2)
+            axes.plot(epochs, means, "-" if part == "val" else "--", color=color, lw=2)
             axes.fill_between(epochs, [*map(min, columns)], [*map(max, columns)], color=color, alpha=0.15, lw=0)
             if part == "val":
-                best = [result.history.best_epoch for result in group]
+                best = [run.history.best_epoch for run in group]
                 kept = [line[epoch - 1] for line, epoch in zip(lines, best, strict=True)]
                 axes.plot(best, kept, MARKERS[i % len(MARKERS)], fillstyle="none", color=color)
-            if (single or part == "val") and math.isfinite(means[-1]):
-                label = {"train": "training", "val": "validation"}[part] if single else name
-                ends.append((len(means), means[-1], label, color))
+                if math.isfinite(means[-1]):
+                    ends.append((len(means), means[-1], name, color))
         if quantity == "accuracy":
             accuracy_axis(axes)
         axes.set(xlabel="epoch", ylabel="accuracy (%)" if quantity == "accuracy" else "loss (cross-entropy, nats)")
         axes.xaxis.get_major_locator().set_params(integer=True)
         label_ends(axes, ends)
-    note = "open markers: the epoch whose weights were kept"
-    figure.supxlabel(note if single else f"{note}; dashed: training", fontsize=9)
+    figure.supxlabel("solid: validation; dashed: training; open markers: the epoch whose weights were kept", fontsize=9)
     return figure
 
 

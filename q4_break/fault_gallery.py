@@ -88,7 +88,7 @@ DATA = {  # each gets and returns the data set
     "validation scaled twice": partial(change, "val", images=lambda images: images // 255),
     "validation transposed": partial(change, "val", images=lambda images: images.transpose(2, 3)),
     "sorted, not shuffled": sort_by_label,
-    "only 60 images": lambda data: data._replace(train=common.head(data.train, 60)),
+    "only 60 images": lambda data: data._replace(train=data.train.head(60)),
 }
 
 
@@ -221,7 +221,7 @@ def unchanged(thing):
 def train(config, data, seed, **settings):
     torch.manual_seed(seed)
     fault = config["fault"]
-    data = DATA.get(fault, unchanged)(data._replace(val=common.head(data.val, 1_000)))
+    data = DATA.get(fault, unchanged)(data._replace(val=data.val.head(1_000)))
     model = NETWORKS[config["network"]]()
     NETWORK.get(fault, unchanged)(model)
     model.to(data.train.labels.device, memory_format=torch.channels_last)

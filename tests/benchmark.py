@@ -76,7 +76,7 @@ def speed_of_fit(data, network, optimizer, batch_size, augment, precision):
     model = network().to(memory_format=torch.channels_last)
     config = {"epochs": 1, "batch_size": batch_size}
     options = {"augment": augment, "precision": precision, "progress": be_silent}
-    warm_up = data._replace(train=common.head(data.train, 1_000))
+    warm_up = data._replace(train=data.train.head(1_000))
     common.fit(model, warm_up, optimizer(model), config, **options)
     history = common.fit(model, data, optimizer(model), config, **options)
     return len(data.train.labels) / history.rows[0]["seconds"]
@@ -110,7 +110,7 @@ def measure_training(_):
     with tempfile.TemporaryDirectory() as folder:
         write_mnist(Path(folder), train=IMAGES * 12 // 11 + 12)
         data = load(folder, limit=IMAGES)
-        data = data._replace(val=common.head(data.val, 1))
+        data = data._replace(val=data.val.head(1))
         rounds = {}
         for _ in range(ROUNDS):
             for name, (network, optimizer, batch_size, augment) in TRAININGS.items():
@@ -245,7 +245,7 @@ def measure_health(data_dir):
     }
 
     def judge(group, model, history, named=False):
-        probe = common.head(data.train, health.PROBE)
+        probe = data.train.head(health.PROBE)
         found[group]["trainings"] += 1
         found[group]["named by ours"] += named
         found[group]["ours"] += bool(history.health)
@@ -253,7 +253,7 @@ def measure_health(data_dir):
             found[group][name] += bool(rules(model, history, probe))
 
     for config in gallery.RUNS.values():
-        images = data._replace(train=common.head(data.train, config["images"]))
+        images = data._replace(train=data.train.head(config["images"]))
         model, history = gallery.train(config, images, seed=0, progress=be_silent)
         fault = config["fault"]
         first = health.alarm_names(history.health[:1])

@@ -59,6 +59,11 @@ def mnist_folder(tmp_path_factory):
     return write_mnist(tmp_path_factory.mktemp("mnist"))
 
 
+def make_run(**outcome):
+    """A run that ended so, made by hand."""
+    return common.Run("", {}, 0, {}, 1, None, **outcome)
+
+
 def call_script(script, arguments, data_dir, out_dir):
     """Run a script's main in this process, with one worker unless `arguments` say otherwise."""
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))

@@ -21,8 +21,8 @@ RUNS = {name: {"epochs": 3, "batch_size": 64, "lr": 1e-3, "width": width} for wi
 
 def train(config, data, seed, **settings):
     """The environment variable TROUBLE names a run and what happens to it at the end of an epoch: "b die" (SIGKILL),
-    "b die once", "b raise", "b interrupt" (Ctrl-C), "b wait" (for ever); ATTEMPTS names a file that gets a line for each
-    training."""
+    "b die once", "b raise", "b interrupt" (Ctrl-C), "b wait" (for ever); ATTEMPTS is a file with a line per training.
+    """
     run = settings["fingerprint"]["run"]
     if attempts := os.environ.get("ATTEMPTS"):
         with open(attempts, "a") as file:

@@ -101,7 +101,7 @@ def train(name, data, seed=0):
     network, optimizer, lr, batch_size, images, epochs = TRAININGS[name]
     torch.manual_seed(seed)
     model = network()
-    part = data._replace(train=common.head(data.train, images), val=common.head(data.val, 1_000))
+    part = data._replace(train=data.train.head(images), val=data.val.head(1_000))
     optimizer = optimizer(model.parameters(), lr=lr)
     config = {"epochs": epochs, "batch_size": batch_size}
     return model, common.fit(model, part, optimizer, config, seed=seed, progress=be_silent)

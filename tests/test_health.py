@@ -225,7 +225,7 @@ def test_data_are_judged_by_their_nearest_neighbours(trained):
     assert "wrong labels" in alarms(split._replace(labels=mixed), val)
     assert alarms(split, val._replace(images=255 - val.images)) == ["validation data differ"]
     assert "identical images" in alarms(split._replace(images=torch.zeros_like(split.images)), val)
-    assert alarms(common.head(split, 1), val) == []  # too few to judge
+    assert alarms(split.head(1), val) == []  # too few to judge
     assert alarms(split, val, [3] * 60) == ["not shuffled"]
 
 

@@ -15,6 +15,7 @@ from conftest import (
     assert_identical,
     call_script,
     load,
+    make_run,
     needs_mnist,
     results_in,
     run_script,
@@ -128,7 +129,7 @@ def test_errors_of_networks_and_of_their_ensemble():
     for network, predicted in enumerate([[1, 7, 3, 4], [1, 7, 3, 5], [1, 7, 3, 5]]):
         logits[network, range(4), predicted] = 1.0
     logits[0, 3, 4] = 100.0  # one network that is sure outweighs two that are not
-    results = [common.Result({}, seed, 1, common.History(), test_logits=row) for seed, row in enumerate(logits)]
+    results = [make_run(test_logits=row) for row in logits]
     assert variant8.list_errors(results, labels) == [
         {"image": 1, "label": 2, "ensemble": 7, "networks_wrong": 3},
         {"image": 3, "label": 4, "ensemble": 4, "networks_wrong": 2},
@@ -245,7 +246,7 @@ def test_divergence_is_reported_and_ends_with_exit_code_1(mnist_folder, tmp_path
 
 
 def check_claims(alarms, expected, claims=()):
-    result = common.Result({}, 0, 1, common.History(health=alarms))
+    result = make_run(history=common.History(health=alarms))
     health.check_claims([*claims, *health.health_claims(expected, {"run": [result]})])
 
 

@@ -4,7 +4,7 @@ import csv
 import math
 
 import pytest
-from conftest import assert_identical, call_script, results_in, write_mnist
+from conftest import assert_identical, call_script, make_run, results_in, write_mnist
 
 import common
 import q3_tuning
@@ -83,7 +83,7 @@ def test_whole_study_has_33_configurations():
 def results_of(*accuracies):
     """Results of seeds with these validation accuracies, best in the second epoch."""
     rows = [[{"epoch": 1, "val_accuracy": 5.0}, {"epoch": 2, "val_accuracy": value}] for value in accuracies]
-    return [common.Result({}, 0, 1, common.History(rows=two, best_epoch=2)) for two in rows]
+    return [make_run(history=common.History(rows=two, best_epoch=2)) for two in rows]
 
 
 def test_two_standard_errors_of_a_difference():
