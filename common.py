@@ -5,10 +5,12 @@ accuracies are percentages. A foreseeable mistake of the user ends the program w
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import ctypes
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -58,6 +60,8 @@ PARTIAL = ".mnist-cnn-partial"  # ends the names of half-written files
 def setup(threads):
     """Settings of a process that trains, before its first computation: threads take them over when they start."""
     torch.set_num_threads(threads)
+    for dtype in (np.float32, np.float64):
+        np.finfo(dtype)  # NumPy measures its limits at their first use, and warns if denormals are flushed by then
     torch.set_flush_denormal(True)  # multiplying denormal numbers is many times slower
     torch.backends.cudnn.deterministic = True  # a resumed run ends bit-identical
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -76,6 +80,26 @@ def has_native_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+class Output:
+    """An output stream that may be missing, closed, or left by its reader: what cannot be written is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        if isinstance(self.stream, io.TextIOWrapper):
+            self.stream.reconfigure(errors="backslashreplace")  # not every encoding has ±
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
 
 
 def gather(value) -> list:
@@ -132,6 +156,10 @@ def number(kind, least, most=math.inf):
     return convert
 
 
+def folder(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def make_parser(script: Path, doc: str, names: list[str], seeds: int, options: dict) -> argparse.ArgumentParser:
     """The parser of every script; --only selects one of `names`, `seeds` are trained by default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,8 +178,13 @@ def make_parser(script: Path, doc: str, names: list[str], seeds: int, options: d
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     add("--data", choices=["auto", "mnist", "synthetic"], default="auto")
-    add("--data-dir", type=Path, default=os.environ.get("MNIST_DIR") or ROOT / "data", help="($MNIST_DIR, or data/)")
-    add("--out-dir", type=Path, default=script.parent, help="(beside the script)")
+    add(
+        "--data-dir",
+        type=folder,
+        default=os.environ.get("MNIST_DIR") or str(ROOT / "data"),
+        help="($MNIST_DIR, or data/)",
+    )
+    add("--out-dir", type=folder, default=script.parent, help="(beside the script)")
     add("--limit", type=positive, help="train on the first LIMIT images")
     add("--resume", action="store_true", help="continue what a stopped start has left")
     for flag, settings in options.items():
@@ -165,6 +198,8 @@ def parse_args(script, doc, runs, argv=None, *, seeds=1, options=None, **default
     (a list), device (torch.device), precision ("fp32" or "bf16"), workers (at most), script (its path in the project),
     stem (the path that its outputs begin with) and is_default: whether runs and data are the script's own. A bad value:
     exit code 2."""
+    sys.stdout = Output(open(os.devnull, "w") if RANK else sys.stdout)  # of torchrun's ranks the first one prints
+    sys.stderr = Output(sys.stderr)
     script = Path(script).resolve()
     networks = [config["network"] for config in runs.values() if "network" in config]
     parser = make_parser(script, doc, list(dict.fromkeys([*networks, *runs])), seeds, options or {})
@@ -194,8 +229,6 @@ def parse_args(script, doc, runs, argv=None, *, seeds=1, options=None, **default
         tempfile.TemporaryFile(dir=args.out_dir).close()
     except OSError as error:
         parser.error(f"--out-dir {args.out_dir}: cannot write: {error.strerror}; give another folder")
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # the first rank prints
     setup(CORES)  # now: the first computation starts the threads
     return args
 
@@ -205,8 +238,27 @@ MEAN, STD = 0.1307, 0.3081  # of the training pixels, scaled to 0-1
 VAL_SHARE = 12  # one training image in 12 is for validation: 5,000 of 60,000
 SPLIT_SEED = 2024  # the same validation images in every run of every script
 DOWNLOAD_SECONDS = 120  # for all four files, 11 MB
-DOWNLOAD = "from torchvision.datasets import MNIST\nMNIST({folder!r}, download=True)"
-MNIST_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+DOWNLOAD = """
+from torchvision.datasets import MNIST
+reasons = []
+for mirror in MNIST.mirrors:  # one after the other: torchvision itself gives up when the first one sends rubbish
+    MNIST.mirrors = [mirror]
+    try:
+        MNIST({folder!r}, download=True)
+        break
+    except Exception as error:
+        while error.__context__:  # the first of its causes: after a certificate error torchvision tries without TLS
+            error = error.__context__
+        reasons.append(f"{{mirror}}: {{error}}")
+else:
+    raise SystemExit("; ".join(reasons))
+"""
+MNIST_FILES = {  # and the checksums (MD5) of their contents; torchvision publishes those of the packed files
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
 
 
 class Split(NamedTuple):
@@ -222,7 +274,7 @@ class Dataset(NamedTuple):
     train: Split
     val: Split
     test: Split | None  # None for what trains
-    name: str  # "MNIST" or "synthetic digits"
+    name: str  # "MNIST", "MNIST-like data" or "synthetic digits"
 
     def steps(self, batch_size: int) -> int:
         """Batches in an epoch; the last may be smaller."""
@@ -236,12 +288,13 @@ def normalize(images: Tensor) -> Tensor:
 
 def load_data(args) -> Dataset:
     """The data set that the command line asks for: MNIST from --data-dir, in torchvision's layout, downloaded if it is
-    missing; if that fails with --data auto the synthetic digits, with a warning. Corrupt files are always an error."""
+    missing; if that fails with --data auto the synthetic digits, with a warning. Files that are there but cannot be
+    used are always an error."""
     if args.data != "synthetic":
         try:
-            return split_data(*read_mnist(args.data_dir), "MNIST", args.limit, args.device)
+            return split_data(*read_mnist(args.data_dir), args.limit, args.device)
         except ValueError as error:
-            sys.exit(f"{error}; delete the file to download it again")
+            sys.exit(str(error))
         except OSError as error:
             advice = "put its four files into MNIST/raw there, or give --data-dir"
             reason = f"MNIST is not in {args.data_dir} and cannot be downloaded ({error}); {advice}"
@@ -261,40 +314,76 @@ def split_data(images, labels, test_images, test_labels, name, limit=None, devic
     return Dataset(*(Split(x.to(device), y.to(device)) for x, y in splits), name)
 
 
-def read_mnist(data_dir) -> list[Tensor]:
-    """Training images uint8 (N, 1, 28, 28) and labels int64 (N,), then those of the test split. Raises ValueError for a
-    corrupt file, OSError if one is missing and cannot be downloaded."""
-    raw = Path(data_dir) / "MNIST" / "raw"
-    if missing := [name for name in MNIST_FILES if not any((raw / f"{name}{end}").exists() for end in ("", ".gz"))]:
+def read_mnist(data_dir: Path) -> tuple:
+    """Training images uint8 (N, 1, 28, 28) and labels int64 (N,), those of the test split, and the name of the data
+    set. Raises ValueError if files are there but cannot be used, OSError if some are missing and cannot be downloaded.
+    """
+    raw = data_dir / "MNIST" / "raw"
+    missing = [name for name in MNIST_FILES if not any(os.path.lexists(raw / f"{name}{end}") for end in ("", ".gz"))]
+    if missing:
+        refuse_near_miss(data_dir, missing)
         download_mnist(raw, missing)
-    parts = [read_idx(raw / name, (1, 28, 28) if "images" in name else ()) for name in MNIST_FILES]
-    for images, labels, name in zip(parts[::2], parts[1::2], MNIST_FILES[::2], strict=True):
+    parts, strange = [], []
+    for name, checksum in MNIST_FILES.items():
+        content = read_file(raw / name)
+        parts.append(decode_idx(content, raw / name))
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != checksum:
+            strange.append(name)
+    for images, labels, name in zip(parts[::2], parts[1::2], list(MNIST_FILES)[::2], strict=True):
         if len(images) != len(labels) or len(images) < VAL_SHARE:
             raise ValueError(f"{raw / name} and its labels differ: {len(images)} images, {len(labels)} labels")
-    return [images if images.dim() > 1 else images.long() for images in parts]
+    if strange:
+        hint = "; its ones lie on their side, as in EMNIST, which is transposed" if is_transposed(*parts[:2]) else ""
+        print(f"{raw}: MNIST has another {', '.join(strange)}, so this is called MNIST-like data{hint}")
+    return *parts, "MNIST-like data" if strange else "MNIST"
 
 
-def read_idx(path: Path, shape: tuple) -> Tensor:
-    """The items in an IDX file, or in its gzipped version, uint8 (N, *shape). Raises ValueError for a file of another
-    kind or size, which torchvision does not always, and for labels other than 0-9."""
-    if path.exists():
-        content = path.read_bytes()
-    else:
+def refuse_near_miss(data_dir: Path, missing: list[str]):
+    """Raises ValueError, with advice, if what is missing lies in another folder or under another name."""
+    for folder in (data_dir, data_dir / "raw", data_dir / "MNIST", data_dir / "MNIST" / "raw"):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder")
+        for name in missing:
+            for other in (name, name.replace("-idx", ".idx")):
+                if (folder / other).exists():
+                    place = data_dir / "MNIST" / "raw" / name
+                    raise ValueError(f"{folder / other} is there, but it is looked for as {place}: move it")
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file, or of its gzipped version."""
+    if not os.path.lexists(path):
         path = path.with_name(f"{path.name}.gz")
-        try:
-            content = gzip.decompress(path.read_bytes())
-        except (gzip.BadGzipFile, EOFError, zlib.error):
-            raise ValueError(f"{path} is truncated or not a gzip file") from None
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise ValueError(f"{path} is truncated or not a gzip file; delete it to download it again") from None
+    except OSError as error:  # no permission, a folder, a dead link
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def decode_idx(content: bytes, path: Path) -> Tensor:
+    """The images uint8 (N, 1, 28, 28) or labels int64 (N,) in an IDX file. Raises ValueError for a file of another kind
+    or size, which torchvision does not always, and for labels other than 0-9."""
+    shape = (1, 28, 28) if "images" in path.name else ()
     size = 16 if shape else 8
     magic, count, *dimensions = [int.from_bytes(content[i : i + 4], "big") for i in range(0, size, 4)]
     if magic != (2051 if shape else 2049) or tuple(dimensions) != shape[1:]:
-        raise ValueError(f"{path} is not an MNIST file of its kind")
+        raise ValueError(f"{path} is not an MNIST file of its kind; delete it to download it again")
     if count == 0 or len(content) != size + count * math.prod(shape):
-        raise ValueError(f"{path} is empty, truncated or too long")
+        raise ValueError(f"{path} is empty, truncated or too long; delete it to download it again")
     values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=size).view(count, *shape)
     if not shape and values.max() > 9:
         raise ValueError(f"{path} has labels other than 0-9")
-    return values
+    return values if shape else values.long()
+
+
+def is_transposed(images: Tensor, labels: Tensor) -> bool:
+    """Whether the ones extend further in x than in y."""
+    ones = images[labels == 1][:1000, 0].float().sum(0)
+    width, height = ((ones.sum(axis) > ones.sum(axis).max() / 2).sum() for axis in (0, 1))
+    return bool(width > height)
 
 
 def download_mnist(raw: Path, names: list[str]):
@@ -308,7 +397,7 @@ def download_mnist(raw: Path, names: list[str]):
         except subprocess.TimeoutExpired:
             raise OSError(f"it takes more than {DOWNLOAD_SECONDS} s") from None
         if done.returncode:
-            raise OSError(done.stderr.strip().rpartition("\n")[2].rpartition("got:")[2].strip()[:200])
+            raise OSError(" ".join(done.stderr.split())[-400:])
         for name in names:
             os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
 
@@ -675,8 +764,14 @@ def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> 
     """
     runs = list_runs(args, data, args.runs if configs is None else configs, seeds or args.seeds, test)
     share = runs[RANK::WORLD]
-    if args.resume and not any(runs[0].path.parent.glob("*.pt")):
-        print(f"nothing to resume in {runs[0].path.parent}: starting afresh")
+    folder = runs[0].path.parent
+    try:  # now, not after the first epoch
+        folder.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        sys.exit(f"cannot write in {folder}: {error.strerror}; give another --out-dir")
+    if args.resume and not any(folder.glob("*.pt")):
+        print(f"nothing to resume in {folder}: starting afresh")
     left = list_unfinished(share, args)
     workers = min(args.workers, max(1, len(left)))
     how = f"{workers} at a time, {runs[0].threads} thread(s) each, {args.device.type}, {args.precision}"
@@ -728,7 +823,6 @@ def train_run(train, data: Dataset, run: Run, show) -> str:
         show(images, f"{run}: {line}" if line else "")
 
     try:
-        run.path.parent.mkdir(exist_ok=True)
         model, history = train(
             run.config,
             data._replace(test=None),
@@ -760,11 +854,13 @@ def train_in_processes(train, data: Dataset, runs: list[Run], workers: int, show
     """Yield (run, what failed) as `workers` processes finish the runs; `show` gets their progress."""
     context = torch.multiprocessing.get_context("spawn")
     messages = context.SimpleQueue()
-    for tensor in itertools.chain(*data[:3]):
-        tensor.share_memory_()  # the processes map it instead of copying it
     with ProcessPoolExecutor(workers, context, start_worker, (train, data, messages)) as pool:
         try:
             left = {pool.submit(train_in_worker, run): run for run in runs}
+        except Exception as error:  # no shared memory (/dev/shm), no process or file left, or a debugger's `train`
+            end_workers()
+            sys.exit(f"worker processes cannot start ({in_a_line(error)}); --workers 1 needs none")
+        try:
             while left:
                 done, _ = wait(left, timeout=0.1, return_when=FIRST_COMPLETED)
                 while not messages.empty():
@@ -774,9 +870,13 @@ def train_in_processes(train, data: Dataset, runs: list[Run], workers: int, show
         except BrokenProcessPool:
             sys.exit("a worker process was killed, probably out of memory: try --workers 1; --resume continues")
         except BaseException:  # Ctrl-C, or a full disk
-            for process in multiprocessing.active_children():
-                process.kill()
+            end_workers()
             raise
+
+
+def end_workers():
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 WORK = []  # of a worker process: train, data, messages; sent once, not with each run
@@ -906,6 +1006,7 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3
 def save_plot(path: Path | str, title: str, dataset: str, plot, *arguments):
     """Write `plot(*arguments)`, a Figure, as PNG with its title, which names the data set if it is not MNIST. A plot
     that fails is one line on stderr: it is no result."""
+    os.environ.pop("MPLBACKEND", None)  # of a notebook, perhaps, and not to be had here; a Figure needs none
     try:
         import matplotlib  # late: --help need not wait for it
 

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import StepLR
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I does not look here
+
 import common
 
 RUNS = {

@@ -16,11 +16,15 @@ Run     python q3_tuning.py              six minutes on two CPU cores
 
 import math
 import statistics
+import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I does not look here
 
 import common
 

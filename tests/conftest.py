@@ -45,7 +45,8 @@ def write_mnist(folder: Path, train: int = 960, test: int = 200) -> Path:
     """A data folder in torchvision's layout, with synthetic digits; returns the folder."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for names, count, seed in ((common.MNIST_FILES[:2], train, 0), (common.MNIST_FILES[2:], test, 1)):
+    files = list(common.MNIST_FILES)
+    for names, count, seed in ((files[:2], train, 0), (files[2:], test, 1)):
         images, labels = common.draw_digits(count, seed)
         header = b"".join(n.to_bytes(4, "big") for n in (2051, count, 28, 28))
         (raw / names[0]).write_bytes(header + images.numpy().tobytes())

@@ -228,8 +228,8 @@ print("sum", len(digits.train.labels), int(digits.train.images.sum()))
 def test_only_missing_files_are_downloaded(mirror, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "DOWNLOAD", mirror)
     raw = write_mnist(tmp_path / "data") / "MNIST" / "raw"
-    (raw / common.MNIST_FILES[0]).unlink()
-    there = raw / common.MNIST_FILES[1]
+    (raw / "train-images-idx3-ubyte").unlink()
+    there = raw / "train-labels-idx1-ubyte"
     before = there.stat().st_mtime_ns
     assert len(load(tmp_path / "data").train.labels) == 880
     assert there.stat().st_mtime_ns == before

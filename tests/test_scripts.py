@@ -58,7 +58,7 @@ def test_script_leaves_its_log_its_results_and_its_plots(script, mnist_folder, t
     runs, log = results_in(tmp_path, stem)
     found = json.loads((tmp_path / f"{stem}.json").read_text())
     assert found["script"] == script
-    assert found["data"] == {"source": "MNIST", "train": 200, "val": 80, "test": 200}
+    assert found["data"] == {"source": "MNIST-like data", "train": 200, "val": 80, "test": 200}
     assert found["environment"].keys() == {"python", "torch", "device", "threads", "precision"}
     assert list(runs) == list(module.RUNS)
     assert [row["run"] for row in log if row["epoch"] == "1"] == list(module.RUNS)

@@ -52,7 +52,7 @@ def test_study_leaves_its_log_its_results_and_its_plots(finished):
 
 def test_test_labels_do_not_influence_the_selection(finished, mnist_folder, tmp_path):
     folder = write_mnist(tmp_path / "wrong labels")
-    path = folder / "MNIST" / "raw" / common.MNIST_FILES[3]
+    path = folder / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
     content = path.read_bytes()
     path.write_bytes(content[:8] + bytes((label + 1) % 10 for label in content[8:]))
     run_small_study("", folder, tmp_path)
