@@ -859,7 +859,8 @@ def train_in_processes(train, data: Dataset, runs: list[Run], workers: int, show
             left = {pool.submit(train_in_worker, run): run for run in runs}
         except Exception as error:  # no shared memory (/dev/shm), no process or file left, or a debugger's `train`
             end_workers()
-            sys.exit(f"worker processes cannot start ({in_a_line(error)}); --workers 1 needs none")
+            print(f"worker processes cannot start ({in_a_line(error)}); --workers 1 needs none", file=sys.stderr)
+            sys.exit(1)  # without the line: a profiler drops it
         try:
             while left:
                 done, _ = wait(left, timeout=0.1, return_when=FIRST_COMPLETED)

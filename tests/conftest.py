@@ -1,12 +1,17 @@
 """Shared by the tests: small data sets of synthetic digits, and scripts run as a user runs them."""
 
 import csv
+import gzip
+import hashlib
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,3 +120,48 @@ def assert_identical(first, second, stem):
     for name, state in weights[0].items():
         for key, value in state.items():
             assert torch.equal(value, weights[1][name][key]), (name, key)
+
+
+# ---- Servers on this machine -----------------------------------------------------------------------------------------
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve():
+    """serve(handler) starts a server on this machine and returns its address."""
+    servers = []
+
+    def start(handler):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.socket.close()
+
+
+@pytest.fixture
+def mirror(serve, tmp_path):
+    """A program for `common.DOWNLOAD` that downloads a small MNIST from a server of this machine."""
+    raw, site = write_mnist(tmp_path / "origin") / "MNIST" / "raw", tmp_path / "site"
+    site.mkdir()
+    resources = []
+    for name in common.MNIST_FILES:
+        content = gzip.compress((raw / name).read_bytes())
+        (site / f"{name}.gz").write_bytes(content)
+        resources.append((f"{name}.gz", hashlib.md5(content).hexdigest()))
+    return downloads_from([serve(partial(Quiet, directory=site))], resources)
+
+
+def downloads_from(addresses, resources=None):
+    """`common.DOWNLOAD` with other servers and, if given, other files: torchvision's MNIST.resources."""
+    first, rest = common.DOWNLOAD.strip().split("\n", 1)
+    lines = [first, f"MNIST.mirrors = {addresses!r}"]
+    if resources:
+        lines.append(f"MNIST.resources = {resources!r}")
+    return "\n".join([*lines, rest])

@@ -2,19 +2,17 @@
 are deterministic and framed like MNIST."""
 
 import gzip
-import hashlib
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MNIST_DIR, load, needs_mnist, write_mnist
+from conftest import MNIST_DIR, Quiet, downloads_from, load, needs_mnist, write_mnist
 
 import common
 
@@ -141,11 +139,6 @@ def test_gzipped_files_are_read_as_they_are(mnist_folder, tmp_path):
         assert torch.equal(part.images, other.images) and torch.equal(part.labels, other.labels)
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
 class Drip(BaseHTTPRequestHandler):
     """A byte now and then: every read succeeds, and the file never ends."""
 
@@ -161,44 +154,6 @@ class Drip(BaseHTTPRequestHandler):
                 time.sleep(0.05)
         except OSError:
             pass
-
-
-@pytest.fixture
-def serve():
-    """serve(handler) starts a server on this machine and returns its address."""
-    servers = []
-
-    def start(handler):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}/"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.socket.close()
-
-
-@pytest.fixture
-def mirror(serve, tmp_path):
-    """A program for `common.DOWNLOAD` that downloads a small MNIST from a server of this machine."""
-    raw, site = write_mnist(tmp_path / "origin") / "MNIST" / "raw", tmp_path / "site"
-    site.mkdir()
-    resources = []
-    for name in common.MNIST_FILES:
-        content = gzip.compress((raw / name).read_bytes())
-        (site / f"{name}.gz").write_bytes(content)
-        resources.append((f"{name}.gz", hashlib.md5(content).hexdigest()))
-    return downloads_from(serve(partial(Quiet, directory=site)), resources)
-
-
-def downloads_from(address, resources=None):
-    """`common.DOWNLOAD` with another server and, if given, other files: torchvision's MNIST.resources."""
-    lines = ["from torchvision.datasets import MNIST", f"MNIST.mirrors = [{address!r}]"]
-    if resources:
-        lines.append(f"MNIST.resources = {resources!r}")
-    return "\n".join([*lines, "MNIST({folder!r}, download=True)"])
 
 
 def files_below(folder):
@@ -242,7 +197,7 @@ NO_SERVER = "http://127.0.0.1:9/"  # a port at which no server listens
 def test_a_failed_download_leaves_nothing_and_says_why(trouble, serve, tmp_path, monkeypatch):
     handlers = {"not the files": partial(Quiet, directory=tmp_path), "too slow": Drip}
     address = serve(handlers[trouble]) if trouble in handlers else NO_SERVER
-    monkeypatch.setattr(common, "DOWNLOAD", downloads_from(address))
+    monkeypatch.setattr(common, "DOWNLOAD", downloads_from([address]))
     monkeypatch.setattr(common, "DOWNLOAD_SECONDS", 8 if trouble == "not the files" else 4)
     started = time.monotonic()
     with pytest.raises(SystemExit) as end:
@@ -253,7 +208,7 @@ def test_a_failed_download_leaves_nothing_and_says_why(trouble, serve, tmp_path,
 
 
 def test_auto_falls_back_to_the_synthetic_digits_with_a_warning(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(common, "DOWNLOAD", downloads_from(NO_SERVER))
+    monkeypatch.setattr(common, "DOWNLOAD", downloads_from([NO_SERVER]))
     draw = common.draw_digits
     fewer = lambda count, seed: draw(count // 100, seed)
     monkeypatch.setattr(common, "draw_digits", fewer)
