@@ -189,14 +189,12 @@ ADVICE = "crop to the digit, use more light or a thicker pen"
 
 def vary_handwriting(images, generator):
     """`images`, float (B, 1, 28, 28), as other hands and pens might have written them: rotated, slanted, stretched and
-    shifted, with bolder or thinner strokes, a few of them broken."""
+    shifted, with bolder or thinner strokes."""
 
     def uniform(low, high):
         draws = torch.rand(len(images), generator=generator, device=images.device)
         return (low + (high - low) * draws).view(-1, 1, 1, 1)
 
-    rows = torch.arange(28.0, device=images.device).view(1, 1, 28, 1)
-    images = images * ((rows - uniform(4, 120)).abs() >= 1)  # a gap two rows high in one image of six
     angle, slant = uniform(-0.25, 0.25), uniform(-0.4, 0.4)
     wide, tall = uniform(0.85, 1.2), uniform(0.85, 1.2)
     x = [angle.cos() * wide, (angle.cos() * slant - angle.sin()) * wide, uniform(-0.15, 0.15)]
@@ -359,6 +357,12 @@ def has_light_ink(gray: Tensor) -> bool:
     return (coarse - mean).pow(3).mean().item() > 0
 
 
+def span(mask, axis):
+    """Where a bool array (H, W) is true, and what lies between such places along an axis."""
+    before = np.logical_or.accumulate(mask, axis)
+    return before & np.flip(np.logical_or.accumulate(np.flip(mask, axis), axis), axis)
+
+
 def find_sheet(gray: Tensor) -> Tensor | None:
     """What is inside a closed frame, or the sheet on a table: (h, w), what surrounds it painted over; None if there is
     neither. It is nearly a rectangle, longer than a third of the photo's (H, W) sides, with a sharp edge."""
@@ -372,15 +376,14 @@ def find_sheet(gray: Tensor) -> Tensor | None:
             borders = sum([top == 0, left == 0, bottom == height, right == width])
             own = numbers[top:bottom, left:right] == i
             small = 3 * (bottom - top) < height or 3 * (right - left) < width
-            if small or borders > 1 or own.sum() < 0.5 * area:
+            if small or borders > 1 or own.sum() < 0.7 * area:
                 continue
-            around, _ = connected_parts(np.pad(~own, 1, constant_values=True))
-            filled = torch.from_numpy(around != around[0, 0])[1:-1, 1:-1]  # with the digits on it
+            filled = torch.from_numpy(span(own, 0) | span(own, 1))  # with the digits on it
             sheet = F.pad(filled, (left, width - right, top, height - bottom))
             edge = (
                 gray[sheet & widen(~sheet, 8)].mean() - gray[widen(sheet, 2 * gap + 8) & ~widen(sheet, 2 * gap)].mean()
             )
-            if filled.sum() >= 0.8 * area and edge.abs() >= 0.1:
+            if filled.sum() >= 0.85 * area and edge.abs() >= 0.1:
                 return torch.where(sheet, gray, gray[sheet].median())[top:bottom, left:right]
     return None
 
@@ -423,7 +426,7 @@ def find_foreign(numbers, boxes):
         up, down, west, east = own[:edge].any(0), own[-edge:].any(0), own[:, :edge].any(1), own[:, -edge:].any(1)
         opposite = max(min(up.mean(), down.mean()), min(west.mean(), east.mean()))
         inside = (boxes[:, :2] >= boxes[i, :2]).all(1) & (boxes[:, 2:] <= boxes[i, 2:]).all(1)
-        inside &= 4 * (bottom - top) > bottom[i] - top[i]
+        inside &= 6 * (bottom - top) > bottom[i] - top[i]
         if opposite > 0.6 and inside.sum() > 1:  # itself and another
             within = (middles >= boxes[i, :2] + edge).all(1) & (middles <= boxes[i, 2:] - edge).all(1)
             foreign[1:] |= ~within
