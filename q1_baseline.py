@@ -272,11 +272,11 @@ def read_photo(path) -> Tensor:
 
 
 def scale_range(pixels):
-    """Pixels of 16 or 32 bits as 0 to 1: cameras leave some of the bits free; float files go up to 1, 255 or more."""
+    """Pixels of 16 or 32 bits as 0 to 1, by the bits in use: cameras leave some free; floats go up to 1 or 255."""
     most = pixels.abs().max().item()
     if not math.isfinite(most) or pixels.min() < 0:
         raise ValueError("pixels that are negative or not finite; export it as JPEG")
-    return pixels / next(2.0**bits - 1 for bits in (1, 8, 10, 12, 14, 16, 24, 32, 1023) if most < 2.0**bits)
+    return pixels / (2.0 ** max(1, math.ceil(math.log2(most + 1))) - 1)
 
 
 def name_format(path):
@@ -353,7 +353,8 @@ def has_light_ink(gray: Tensor) -> bool:
     """Whether what stands out from its surroundings, a third of the photo (H, W) wide, is light rather than dark."""
     coarse = F.avg_pool2d(gray[None, None], max(1, max(gray.shape) // 100), ceil_mode=True)
     reach = max(coarse.shape) // 6
-    mean = F.avg_pool2d(F.pad(coarse, [reach] * 4, mode="replicate"), 2 * reach + 1, 1)
+    mean = F.avg_pool2d(F.pad(coarse, [reach] * 4, mode="replicate"), (2 * reach + 1, 1), 1)
+    mean = F.avg_pool2d(mean, (1, 2 * reach + 1), 1)  # rows, then columns: many times faster
     return (coarse - mean).pow(3).mean().item() > 0
 
 
@@ -588,7 +589,7 @@ def make_board(figure, model):
     left, middle, right = figure.subplots(1, 3)
     sheet = Image.new("L", (280, 280), 255)
     pen = ImageDraw.Draw(sheet)
-    drawn = left.imshow(sheet, cmap="gray", vmin=0, vmax=255)
+    drawn = left.imshow(np.array(sheet), cmap="gray", vmin=0, vmax=255)
     seen = middle.imshow(np.zeros((28, 28)), cmap="gray_r", vmin=0, vmax=255)
     bars = right.bar(range(10), [0] * 10, color=common.COLORS[0])
     left.set(title="draw here; C clears", xticks=[], yticks=[])
@@ -599,7 +600,7 @@ def make_board(figure, model):
     def show():
         images, doubts = prepare_photo(torch.from_numpy(np.array(sheet)).float() / 255)
         probabilities, text = classify(model, images, doubts)
-        drawn.set_data(sheet)
+        drawn.set_data(np.array(sheet))
         seen.set_data(images[-1, 0] if len(images) else np.zeros((28, 28)))
         for i, bar in enumerate(bars):
             bar.set_height(100 * probabilities[-1, i].item() if len(images) else 0)
@@ -631,7 +632,7 @@ def draw(args):
     from matplotlib import pyplot
 
     try:
-        figure = pyplot.figure(figsize=(10, 3.6), layout="constrained")
+        figure = pyplot.figure(figsize=(10, 3.6))
         interactive = figure.canvas.required_interactive_framework
     except ImportError:  # of a graphical interface, or there is no display
         interactive = None
