@@ -256,7 +256,9 @@ def read_photo(path) -> Tensor:
             upright = ImageOps.exif_transpose(photo)
             if upright.mode.startswith(("I", "F")):  # 16 or 32 bits
                 return scale_range(torch.from_numpy(np.array(upright, dtype=np.float32)))
-            upright = upright.convert("RGBA").reduce(max(1, max(upright.size) // LONGEST))
+            if upright.mode not in ("L", "RGB"):  # these can be reduced before, which is faster
+                upright = upright.convert("RGBA")
+            upright = upright.reduce(max(1, max(upright.size) // LONGEST)).convert("RGBA")
             *colors, alpha = torch.from_numpy(np.array(upright)).float().div(255).unbind(2)
     except FileNotFoundError:
         raise ValueError("no such file") from None
@@ -589,23 +591,26 @@ def make_board(figure, model):
     left, middle, right = figure.subplots(1, 3)
     sheet = Image.new("L", (280, 280), 255)
     pen = ImageDraw.Draw(sheet)
-    drawn = left.imshow(np.array(sheet), cmap="gray", vmin=0, vmax=255)
-    seen = middle.imshow(np.zeros((28, 28)), cmap="gray_r", vmin=0, vmax=255)
+    drawn = left.imshow(np.array(sheet), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    seen = middle.imshow(np.zeros((28, 28)), cmap="gray_r", vmin=0, vmax=255, interpolation="nearest")
     bars = right.bar(range(10), [0] * 10, color=common.COLORS[0])
     left.set(title="draw here; C clears", xticks=[], yticks=[])
     middle.set(title="what the network gets", xticks=[], yticks=[])
-    right.set(title="probability (%)", xticks=range(10), ylim=(0, 100))
+    right.set(title="probability (%)", xticks=range(10), yticks=[0, 100], ylim=(0, 100))
+    label = right.text(4.5, 90, "", ha="center")
     stroke = []  # points (x, y) of the line that is being drawn
 
     def show():
         images, doubts = prepare_photo(torch.from_numpy(np.array(sheet)).float() / 255)
         probabilities, text = classify(model, images, doubts)
         drawn.set_data(np.array(sheet))
-        seen.set_data(images[-1, 0] if len(images) else np.zeros((28, 28)))
+        seen.set_data(images[-1, 0].numpy() if len(images) else np.zeros((28, 28)))
         for i, bar in enumerate(bars):
             bar.set_height(100 * probabilities[-1, i].item() if len(images) else 0)
-        right.set_xlabel(text.partition(" (")[0] if len(images) else "")
-        figure.canvas.draw_idle()
+        label.set_text(text.partition(" (")[0] if len(images) else "")
+        for axes in figure.axes:
+            axes.redraw_in_frame()  # without ticks and titles, which takes most of the time
+        figure.canvas.blit()
 
     def move(event):
         if event.name == "button_press_event":
@@ -632,7 +637,7 @@ def draw(args):
     from matplotlib import pyplot
 
     try:
-        figure = pyplot.figure(figsize=(10, 3.6))
+        figure = pyplot.figure(figsize=(9, 3.3))
         interactive = figure.canvas.required_interactive_framework
     except ImportError:  # of a graphical interface, or there is no display
         interactive = None

@@ -295,7 +295,7 @@ def test_board_shows_live_what_is_drawn(trained):
     image = middle.images[0].get_array()
     assert image.max() > 200 and (image > 100).any(1).sum() in (19, 20) and (image > 100).any(0).sum() < 6
     heights = [bar.get_height() for bar in right.patches]
-    assert abs(sum(heights) - 100) < 0.1 and right.get_xlabel().isdigit()
+    assert abs(sum(heights) - 100) < 0.1 and right.texts[0].get_text().isdigit()
     started = time.perf_counter()
     draw_line(figure, left, [(60, 60), (100, 60)])
     assert time.perf_counter() - started < 1  # two segments; on a quiet machine 0.02 s
