@@ -1177,7 +1177,7 @@ def draw_skeleton(points: Tensor, path: Tensor, count: int, generator) -> Tensor
     length = (pen.roll(-1, 1) - pen).norm(dim=2)
     length = length.minimum(3 * length.median(1, keepdim=True).values)  # no pen lifts
     centre = (pen * length.unsqueeze(2)).sum(1) / length.sum(1, keepdim=True)
-    pen = pen - centre.unsqueeze(1) + 13.5 + normal(1, 2, std=0.3)
+    pen = pen - centre.unsqueeze(1) + 14.0 + normal(1, 2, std=0.3)
 
     # Ink by the distance to the path. The sum of exp(-d^2 / 2 s^2) along the path is dominated by its nearest point, so
     # its logarithm gives the distance; the Gaussian separates into columns and rows: the sum is a matrix product.

@@ -7,9 +7,12 @@ Why     Two 3x3 convolutions detect local strokes, max-pooling makes them robust
 Run     python q1_baseline.py               three minutes on two CPU cores
         python q1_baseline.py --seeds 5     the recorded results
         python q1_baseline.py --resume      continues a stopped run, bit-identical to one that was never stopped
-        python q1_baseline.py --predict photo.jpg     classifies your own handwriting, once a network is trained
+        python q1_baseline.py --predict photo.jpg     reads your own handwriting
+        python q1_baseline.py --draw                  a window to draw in
 """
 
+import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I does not look here
 
@@ -98,10 +101,15 @@ def plot_mistakes(logits, test, disputed=()):
 
 
 def main(argv=None):
-    photos = {"nargs": "+", "metavar": "PHOTO", "help": "classify the digits in these files with the best network"}
-    args = common.parse_args(__file__, __doc__, RUNS, argv, options={"--predict": photos})
+    options = {
+        "--predict": {"nargs": "+", "metavar": "PHOTO", "help": "read the digits in these files"},
+        "--draw": {"action": "store_true", "help": "open a window to draw digits in"},
+    }
+    args = common.parse_args(__file__, __doc__, RUNS, argv, options=options)
     if args.predict:
-        predict(args.predict, args.stem)
+        predict(args.predict, args)
+    if args.draw:
+        draw(args)
     data = common.load_data(args)
     common.print_layers(common.baseline_cnn())
     results = common.run_all(train, args, data)
@@ -126,8 +134,60 @@ def main(argv=None):
 
 
 # ---- Predictions for photos ------------------------------------------------------------------------------------------
-def read_photo(path):
-    """The photo in a file, float (H, W) from 0 to 1. Raises ValueError, with what is wrong, if there is none."""
+PHOTO_RUN = {"epochs": 20, "batch_size": 128, "lr": 3e-3}  # for --predict and --draw, trained at their first start
+LONGEST = 640  # pixels of a photo's longer side: its digits are looked for in this size
+PEN = 20  # pixels, in the window's sheet of 280 x 280
+ADVICE = "crop to the digit, use more light or a thicker pen"
+
+
+def vary_handwriting(images, generator):
+    """`images`, float (B, 1, 28, 28), as other hands and pens might have written them: rotated, slanted, stretched and
+    shifted, with bolder or thinner strokes."""
+
+    def uniform(low, high):
+        draws = torch.rand(len(images), generator=generator, device=images.device)
+        return (low + (high - low) * draws).view(-1, 1, 1, 1)
+
+    angle, slant = uniform(-0.25, 0.25), uniform(-0.4, 0.4)
+    wide, tall = uniform(0.85, 1.2), uniform(0.85, 1.2)
+    x = [angle.cos() * wide, (angle.cos() * slant - angle.sin()) * wide, uniform(-0.15, 0.15)]
+    y = [angle.sin() * tall, (angle.sin() * slant + angle.cos()) * tall, uniform(-0.15, 0.15)]
+    grid = F.affine_grid(torch.cat(x + y, 1).view(-1, 2, 3), images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, align_corners=False)
+    bold, thin = F.max_pool2d(images, 3, 1, 1), -F.max_pool2d(-images, 3, 1, 1)
+    width = uniform(-0.7, 1)
+    return images + width.clamp(min=0) * (bold - images) - width.clamp(max=0) * (thin - images)
+
+
+def train_for_photos(config, data, seed, **settings):
+    torch.manual_seed(seed)
+    model = common.baseline_cnn(dropout=0.5)
+    model.to(data.train.labels.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
+    scheduler = OneCycleLR(optimizer, config["lr"], config["epochs"] * data.steps(config["batch_size"]))
+    return model, common.fit(
+        model, data, optimizer, config, seed=seed, scheduler=scheduler, augment=vary_handwriting, **settings
+    )
+
+
+def photo_network(args):
+    """The network for photos; trains it if there is none. Its files are apart from those of the experiment."""
+    args = argparse.Namespace(**vars(args))
+    args.stem = args.stem.with_name(f"{args.stem.name}_photos")
+    path = Path(f"{args.stem}_runs", "photos_seed0.pt")
+    if not path.exists():
+        print("training the network for photos, once: four minutes")
+        args.resume = path.parent.exists()
+        config = {key: getattr(args, key) or value for key, value in PHOTO_RUN.items()}
+        common.run_all(train_for_photos, args, common.load_data(args), {"photos": config}, seeds=[0], test=False)
+    model = common.baseline_cnn()
+    model.load_state_dict(common.load_checkpoint(path, {})["best"])
+    return model.eval()
+
+
+def read_photo(path) -> Tensor:
+    """The photo in a file, float (H, W) from 0, black, to 1; a large one is reduced, to no less than LONGEST pixels.
+    Raises ValueError, with what is wrong and what to do, if there is none."""
     from PIL import Image, ImageOps, UnidentifiedImageError  # late: --help need not wait for it
 
     Image.MAX_IMAGE_PIXELS = None  # checked here
@@ -135,15 +195,20 @@ def read_photo(path):
         with Image.open(path) as photo:
             if photo.width * photo.height > 100e6:
                 raise ValueError("more than 100 megapixels")
-            wide = photo.mode.startswith("I")  # 16 bits
+            photo.draft("RGB", (LONGEST, LONGEST))  # JPEG is decoded with less detail, many times faster
             upright = ImageOps.exif_transpose(photo)
-            if wide:
-                return torch.from_numpy(np.array(upright, dtype=np.float32)) / 65535
-            *colors, alpha = torch.from_numpy(np.array(upright.convert("RGBA"))).float().div(255).unbind(2)
+            if upright.mode.startswith(("I", "F")):  # 16 or 32 bits
+                return scale_range(torch.from_numpy(np.array(upright, dtype=np.float32)))
+            if upright.mode not in ("L", "RGB"):  # these can be reduced before, which is faster
+                upright = upright.convert("RGBA")
+            upright = upright.reduce(max(1, max(upright.size) // LONGEST)).convert("RGBA")
+            *colors, alpha = torch.from_numpy(np.array(upright)).float().div(255).unbind(2)
     except FileNotFoundError:
         raise ValueError("no such file") from None
+    except IsADirectoryError:
+        raise ValueError("a folder, not a picture") from None
     except UnidentifiedImageError:
-        raise ValueError("not an image") from None
+        raise ValueError(name_format(path)) from None
     except (OSError, SyntaxError) as error:  # SyntaxError: Pillow's for a broken PNG
         raise ValueError(f"cannot be read: {error}") from None
     gray = sum(colors) / 3
@@ -151,102 +216,380 @@ def read_photo(path):
     return gray * alpha + paper * (1 - alpha)
 
 
-def prepare_photo(gray: Tensor) -> tuple[Tensor, int]:
-    """The largest digit of a photo, float (H, W) from 0 to 1, as uint8 (1, 28, 28), and how many others of a third of
-    its size there are. As in MNIST (yann.lecun.com/exdb/mnist) it fills a box of 20 x 20 pixels, its mass centred. Ink
-    may be dark or light, lighting uneven. Raises ValueError if nothing stands out."""
-    size = [max(8, round(n * min(1, 320 / max(gray.shape)))) for n in gray.shape]
-    gray = windows(F.avg_pool2d, F.interpolate(gray[None, None], size, mode="bilinear", antialias=True), 3)
-    if (gray - windows(F.avg_pool2d, gray, max(size) // 3)).pow(3).mean() > 0:  # light ink
+def scale_range(pixels):
+    """Pixels of 16 or 32 bits as 0 to 1, by the bits in use: cameras leave some free; floats go up to 1 or 255."""
+    most = pixels.abs().max().item()
+    if not math.isfinite(most) or pixels.min() < 0:
+        raise ValueError("pixels that are negative or not finite; export it as JPEG")
+    return pixels / (2.0 ** max(1, math.ceil(math.log2(most + 1))) - 1)
+
+
+def name_format(path):
+    """What is wrong with a file that Pillow does not know, and what to do."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp":
+        return "a HEIC photo or a video, which cannot be read; export it as JPEG"
+    if head.startswith(b"%PDF"):
+        return "a PDF file, not a picture; export it as JPEG"
+    return "not an image"
+
+
+def slide(extreme, x: Tensor, size: int) -> Tensor:
+    """`extreme`, torch.maximum or torch.minimum, of all windows of size x size pixels in (H, W), in a time that grows
+    with the logarithm of the size: (H - size + 1, W - size + 1)."""
+    for _ in range(2):
+        done = 1
+        while done < size:
+            step = min(done, size - done)
+            x = extreme(x[:-step], x[step:])
+            done += step
+        x = x.T
+    return x
+
+
+def widen(mask: Tensor, pixels: int) -> Tensor:
+    """A bool mask (H, W) whose areas are wider by `pixels`, half on either side."""
+    if pixels < 1:
+        return mask
+    return slide(torch.logical_or, F.pad(mask, [pixels // 2, pixels - pixels // 2] * 2), pixels + 1)
+
+
+def otsu(values: Tensor) -> tuple[float, float]:
+    """The threshold that divides values from 0 to 1 best in two groups, and how far apart the groups' means are (Otsu
+    1979, doi.org/10.1109/TSMC.1979.4310076)."""
+    counts = torch.histc(values, 256, 0, 1).double()
+    below, total = counts.cumsum(0), (counts * (torch.arange(256) + 0.5) / 256).cumsum(0)
+    above = below[-1] - below
+    gaps = (total[-1] - total) / above.clamp(min=1) - total / below.clamp(min=1)
+    best = (below * above * gaps**2).argmax().item()
+    return (best + 1) / 256, gaps[best].item()
+
+
+def connected_parts(mask) -> tuple:
+    """The parts of a bool array (H, W) that are connected, also diagonally: their numbers from 1 on, (H, W), 0
+    elsewhere, and their boxes (N, 4): top, left, bottom, right. Runs of pixels are joined with those in the row below.
+    """
+    steps = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, starts = np.nonzero(steps > 0)
+    ends = np.nonzero(steps < 0)[1]
+    width = mask.shape[1] + 2
+    first = np.searchsorted(rows * width + ends, (rows + 1) * width + starts)
+    last = np.searchsorted(rows * width + starts, (rows + 1) * width + ends, side="right")
+    count = np.maximum(last - first, 0)  # of the runs below that a run touches: first, first + 1, .. last - 1
+    upper = np.repeat(np.arange(len(rows)), count)
+    lower = np.arange(len(upper)) - np.repeat(count.cumsum() - count - first, count)
+    names = np.arange(len(rows))
+    while (names[upper] != names[lower]).any():  # the least name of each part spreads over it
+        least = np.minimum(names[upper], names[lower])
+        np.minimum.at(names, names[upper], least)
+        np.minimum.at(names, names[lower], least)
+        names = names[names]
+    names = np.unique(names, return_inverse=True)[1]
+    numbers = np.zeros(mask.shape, dtype=np.int64)
+    numbers[mask] = np.repeat(names + 1, ends - starts)
+    boxes = np.tile([*mask.shape, 0, 0], (names.max(initial=-1) + 1, 1))
+    np.minimum.at(boxes, names, np.stack([rows, starts, *np.full((2, len(rows)), mask.size)], 1))
+    np.maximum.at(boxes, names, np.stack([0 * rows, 0 * rows, rows + 1, ends], 1))
+    return numbers, boxes
+
+
+def has_light_ink(gray: Tensor) -> bool:
+    """Whether what stands out from its surroundings, a third of the photo (H, W) wide, is light rather than dark."""
+    coarse = F.avg_pool2d(gray[None, None], max(1, max(gray.shape) // 100), ceil_mode=True)
+    reach = max(coarse.shape) // 6
+    mean = F.avg_pool2d(F.pad(coarse, [reach] * 4, mode="replicate"), (2 * reach + 1, 1), 1)
+    mean = F.avg_pool2d(mean, (1, 2 * reach + 1), 1)  # rows, then columns: many times faster
+    return (coarse - mean).pow(3).mean().item() > 0
+
+
+def span(mask, axis):
+    """Where a bool array (H, W) is true, and what lies between such places along an axis."""
+    before = np.logical_or.accumulate(mask, axis)
+    return before & np.flip(np.logical_or.accumulate(np.flip(mask, axis), axis), axis)
+
+
+def find_sheet(gray: Tensor) -> Tensor | None:
+    """What is inside a closed frame, or the sheet on a table: (h, w), what surrounds it painted over; None if there is
+    neither. It is nearly a rectangle, longer than a third of the photo's (H, W) sides, with a sharp edge."""
+    height, width = gray.shape
+    gap = max(gray.shape) // 50  # of a dotted line
+    threshold, _ = otsu(gray)
+    for side in (gray > threshold, gray <= threshold):
+        numbers, boxes = connected_parts((~widen(~side, gap)).numpy())
+        for i, (top, left, bottom, right) in enumerate(boxes.tolist(), 1):
+            area = (bottom - top) * (right - left)
+            borders = sum([top == 0, left == 0, bottom == height, right == width])
+            own = numbers[top:bottom, left:right] == i
+            small = 3 * (bottom - top) < height or 3 * (right - left) < width
+            if small or borders > 1 or own.sum() < 0.7 * area:
+                continue
+            filled = torch.from_numpy(span(own, 0) | span(own, 1))  # with the digits on it
+            sheet = F.pad(filled, (left, width - right, top, height - bottom))
+            edge = (
+                gray[sheet & widen(~sheet, 8)].mean() - gray[widen(sheet, 2 * gap + 8) & ~widen(sheet, 2 * gap)].mean()
+            )
+            if filled.sum() >= 0.85 * area and edge.abs() >= 0.1:
+                return torch.where(sheet, gray, gray[sheet].median())[top:bottom, left:right]
+    return None
+
+
+def find_strokes(gray: Tensor) -> tuple[Tensor, Tensor]:
+    """How much darker, or lighter where the ink is light, than the paper each pixel of a photo (H, W) is, and which
+    pixels, bool (H, W), are strokes of digits: none if nothing stands out."""
+    if has_light_ink(gray):
         gray = 1 - gray
-    size = max(size) // 4  # wider than a stroke
-    paper = -windows(F.max_pool2d, -windows(F.max_pool2d, gray, size), size)  # a closing: the strokes are gone
-    ink = windows(F.avg_pool2d, paper, size // 2) - gray
-    ordered = ink.flatten().double().sort().values
-    below, total = torch.arange(1, len(ordered)), ordered.cumsum(0)
-    gaps = (total[-1] - total[:-1]) / (len(ordered) - below) - total[:-1] / below
-    strong = ink > ordered[(below * (len(ordered) - below) * gaps**2).argmax()]  # Otsu 1979
-    if not strong.any() or gaps.max() < 0.08 or strong.float().mean() > 0.5:
-        raise ValueError("no digit stands out from its background")
-    digit, others = largest_part(strong.float(), 1 + size // 10)
-    full = ink[(strong * digit).bool()].median()
-    digit = (((ink - 0.3 * full) / (0.5 * full)).clamp(0, 1) * digit)[0, 0]
+    # The paper is a closing, the least of all windows' greatest values: strokes are narrower than a window and vanish.
+    # Nothing is outside of the photo, neither dark nor light, so that light which falls off at a border stays as it is.
+    window = max(gray.shape) // 3
+    greatest = slide(torch.maximum, F.pad(gray, [window - 1] * 4, value=-1.0), window)
+    ink = slide(torch.minimum, greatest, window) - gray
+    for _ in range(3):  # without what is foreign, the threshold is another one
+        threshold, contrast = otsu(ink)
+        strong = (ink > threshold).numpy()
+        if contrast < 0.08 or strong.mean() > 0.5:
+            break
+        numbers, boxes = connected_parts((ink > 0.65 * threshold).numpy())  # faint strokes count where they go on
+        kept = np.bincount(numbers[strong], minlength=len(boxes) + 1) > 0
+        foreign = find_foreign(numbers, boxes)
+        if not foreign.any():
+            return ink, torch.from_numpy(kept[numbers])
+        ink = ink * ~widen(torch.from_numpy(foreign[numbers]), 6)
+    return ink, torch.zeros_like(ink, dtype=torch.bool)
+
+
+def find_foreign(numbers, boxes):
+    """Which parts, numbered as in `connected_parts`, belong to no digit: bool (N + 1,). That is a frame, with what lies
+    on or outside of it, and what the photo's border cuts, if anything else is a tenth of the photo high."""
+    height, width = numbers.shape
+    top, left, bottom, right = boxes.T
+    large = np.nonzero(np.maximum(bottom - top, right - left) >= 0.06 * max(height, width))[0]
+    middles = (boxes[:, :2] + boxes[:, 2:]) / 2
+    foreign = np.zeros(len(boxes) + 1, dtype=bool)
+    for i in large:
+        own = numbers[top[i] : bottom[i], left[i] : right[i]] == i + 1
+        edge = max(2, min(own.shape) // 8)
+        up, down, west, east = own[:edge].any(0), own[-edge:].any(0), own[:, :edge].any(1), own[:, -edge:].any(1)
+        opposite = max(min(up.mean(), down.mean()), min(west.mean(), east.mean()))
+        inside = (boxes[:, :2] >= boxes[i, :2]).all(1) & (boxes[:, 2:] <= boxes[i, 2:]).all(1)
+        inside &= 6 * (bottom - top) > bottom[i] - top[i]
+        if opposite > 0.6 and inside.sum() > 1:  # itself and another
+            within = (middles >= boxes[i, :2] + edge).all(1) & (middles <= boxes[i, 2:] - edge).all(1)
+            foreign[1:] |= ~within
+            foreign[i + 1] = True
+    cut = (top == 0) | (left == 0) | (bottom == height) | (right == width)
+    if (~cut & ~foreign[1:] & (bottom - top >= height / 10)).any():
+        foreign[1:] |= cut
+    return foreign
+
+
+def stroke_width(mask: Tensor) -> float:
+    """The mean width of the strokes in a mask (H, W), from its area and the numbers of its runs along both axes."""
+    runs = [(mask[1:] > mask[:-1]).sum().item(), (mask[:, 1:] > mask[:, :-1]).sum().item()]
+    return mask.sum().item() / max(1, math.hypot(*runs))
+
+
+def same_digit(a, b) -> bool:
+    """Whether parts with the boxes `a` and `b` are one digit: one above the other, hardly apart."""
+    common_width = min(a[3], b[3]) - max(a[1], b[1])
+    gap = max(a[0], b[0]) - min(a[2], b[2])
+    return common_width >= min(a[3] - a[1], b[3] - b[1]) / 2 and gap <= 0.15 * (max(a[2], b[2]) - min(a[0], b[0]))
+
+
+def separate_digits(strokes: Tensor) -> tuple[list, bool]:
+    """The digits of the line with the largest one, from left to right, each as (box, mask (H, W)), and whether there
+    are other lines. Gaps of 0.7 stroke widths are bridged."""
+    numbers, boxes = connected_parts(widen(strokes, round(0.7 * stroke_width(strokes))).numpy())
+    numbers = numbers * strokes.numpy()
+    areas = np.bincount(numbers.ravel(), minlength=len(boxes) + 1)[1:]
+    digits = []  # box, numbers of the parts
+    for i in areas.argsort()[::-1][:60]:
+        box = boxes[i]
+        for j in [j for j, (other, _) in enumerate(digits) if areas[i] > 0.01 * areas.max() and same_digit(box, other)]:
+            other, parts = digits[j]
+            digits[j] = np.concatenate([np.minimum(box, other)[:2], np.maximum(box, other)[2:]]), [*parts, i + 1]
+            break
+        else:
+            digits.append((box, [i + 1]))
+    first = digits[0][0]
+    line, others = [], False
+    for box, parts in digits:
+        tall = min(box[2] - box[0], first[2] - first[0])
+        if 2 * tall >= first[2] - first[0]:
+            if 2 * (min(box[2], first[2]) - max(box[0], first[0])) > tall:
+                line.append((box, strokes & torch.from_numpy(np.isin(numbers, parts))))
+            else:
+                others = True
+    return sorted(line, key=lambda digit: digit[0][1]), others
+
+
+def frame_digit(ink: Tensor, mask: Tensor) -> Tensor:
+    """A digit, the part of `ink` in a mask (H, W), as uint8 (1, 28, 28). As in MNIST (yann.lecun.com/exdb/mnist) it
+    fills a box of 20 x 20 pixels, and its centre of mass is at (14, 14)."""
+    full = ink[mask].median()
+    digit = ((ink - 0.3 * full) / (0.5 * full)).clamp(0, 1) * widen(mask, 4)
     rows, columns = (digit.sum(axis).nonzero().flatten() for axis in (1, 0))
-    digit = digit[None, None, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    size = [max(1, round(20 * n / max(digit.shape))) for n in digit.shape[2:]]
-    digit = F.interpolate(digit, size, mode="bilinear", antialias=True)[0, 0]
-    centres = [(digit.sum(1 - axis) @ torch.arange(float(n)) / digit.sum()).item() for axis, n in enumerate(size)]
-    top, left = (min(max(round(13.5 - centre), 0), 28 - n) for centre, n in zip(centres, size, strict=True))
+    digit = digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    size = [max(1, round(20 * n / max(digit.shape))) for n in digit.shape]
+    digit = F.interpolate(digit[None, None], size, mode="bilinear", antialias=True)[0, 0]
+    digit = (digit / digit[digit > 0.05].quantile(0.9)).clamp(0, 1)  # thin strokes have become pale
+    place = torch.arange(20.0)
+    centres = [(digit.sum(1 - axis) @ place[:n] / digit.sum()).item() for axis, n in enumerate(size)]
+    top, left = (min(max(round(14 - centre), 0), 28 - n) for centre, n in zip(centres, size, strict=True))
     image = F.pad(digit, (left, 28 - left - size[1], top, 28 - top - size[0]))
-    return (255 * image).round().to(torch.uint8)[None], others
+    return (255 * image).round().to(torch.uint8)[None]
 
 
-def windows(pool, x: Tensor, size: int) -> Tensor:
-    """`pool`, F.avg_pool2d or F.max_pool2d, over windows of about `size` pixels, borders repeated."""
-    reach = size // 2
-    x = F.pad(x, [reach] * 4, mode="replicate")
-    return pool(pool(x, (2 * reach + 1, 1), 1), (1, 2 * reach + 1), 1)  # rows, then columns: many times faster
+def prepare_photo(gray: Tensor) -> tuple[Tensor, list[str]]:
+    """The digits in a line of a photo, float (H, W) from 0 to 1, from left to right: uint8 (N, 1, 28, 28), framed as in
+    MNIST; and reasons to doubt them. Ink may be dark or light, light uneven; frames are left out."""
+    scale = min(LONGEST, max(LONGEST // 4, *gray.shape)) / max(gray.shape)
+    size = [max(8, round(scale * n)) for n in gray.shape]
+    gray = F.interpolate(gray[None, None], size, mode="bilinear", antialias=True)
+    views = [F.avg_pool2d(F.pad(gray, [1] * 4, mode="replicate"), 3, 1)[0, 0]]  # with less noise
+    while (inside := find_sheet(views[-1])) is not None:
+        views.append(inside)
+    strokes = torch.zeros(0)
+    while views and not strokes.any():
+        ink, strokes = find_strokes(views.pop())
+    if not strokes.any():
+        return torch.zeros(0, 1, 28, 28, dtype=torch.uint8), ["no digit stands out from the paper"]
+    digits, others = separate_digits(strokes)
+    doubts = ["more than one line of digits"] if others else []
+    boxes = np.stack([box for box, _ in digits])
+    tall, wide = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    if ((boxes[:, :2] == 0).sum(1) + (boxes[:, 2:] == strokes.shape).sum(1) >= 2).any():
+        doubts.append("it touches two borders")
+    if (wide > 1.5 * tall).any():
+        doubts.append("it is wider than a digit")
+    if (tall < 10 * scale).any():
+        doubts.append("it is less than ten pixels high")
+    return torch.stack([frame_digit(ink, mask) for _, mask in digits]), doubts
 
 
-def largest_part(mask: Tensor, reach: int) -> tuple[Tensor, int]:
-    """The largest connected part of a 0/1 mask (1, 1, H, W), small gaps bridged, and how many others there are."""
-    near = F.max_pool2d(mask, 2 * reach + 1, 1, reach)
-    labels = before = torch.arange(1.0, near.numel() + 1).view_as(near) * near
-    while before is labels or not torch.equal(before, labels):  # the greatest label of each part spreads over it
-        before, labels = labels, F.max_pool2d(labels, 3, 1, 1) * near
-    names, counts = labels[mask > 0].unique(return_counts=True)
-    return (labels == names[counts.argmax()]).float(), int((3 * counts > counts.max()).sum()) - 1
-
-
-def best_network(folder):
-    """The network with the highest validation accuracy among the checkpoints of finished runs."""
-    states = [common.load_checkpoint(path, {}) for path in sorted(folder.glob("*.pt"))]
-    finished = [state for state in states if "result" in state]
-    if not finished:
-        sys.exit(f"no trained network in {folder}; python q1_baseline.py trains one in three minutes")
-    model = common.baseline_cnn()
-    model.load_state_dict(max(finished, key=lambda state: state["result"]["scores"]["val_accuracy"])["best"])
-    return model.eval()
+def classify(model, images: Tensor, doubts: list[str]) -> tuple[Tensor, str]:
+    """Probabilities (N, 10) of the digits in `images`, uint8 (N, 1, 28, 28), and what there is to say of them."""
+    with torch.no_grad():
+        probabilities = model(common.normalize(images)).softmax(1)
+    best, digits = probabilities.max(1)
+    percent = [f"{100 * p:.1f} %" for p in best.tolist()]
+    text = f"{' '.join(map(str, digits.tolist()))} ({', '.join(percent)})"
+    if len(images) == 1:
+        second = probabilities[0].topk(2)
+        text += f", then {second.indices[1]} ({100 * second.values[1]:.1f} %)"
+    if (best < 0.9).any():
+        doubts = [*doubts, "the probability is low"]
+    if doubts:
+        text = f"{text}; " if len(images) else ""
+        text += f"unsure: {', '.join(doubts)}; {ADVICE}"
+    return probabilities, text
 
 
 def plot_predictions(shown):
-    """From (name, photo, image, probabilities): the photo, the image that the network gets, the probabilities."""
+    """From (name, photo, images, probabilities): the photo, what the network gets of it, and the probabilities: of all
+    ten digits, or in a line of digits of the most probable ones."""
     figure = common.new_figure(9, 2.2 * len(shown))
-    for row, (name, photo, image, probabilities) in zip(
-        figure.subplots(len(shown), 3, squeeze=False), shown, strict=True
-    ):
+    axes = figure.subplots(len(shown), 3, squeeze=False)
+    for row, (name, photo, images, probabilities) in zip(axes, shown, strict=True):
         row[0].imshow(photo.numpy(), cmap="gray", vmin=0, vmax=1)
-        row[0].set_title(name, fontsize=9)
-        row[1].imshow(image[0].numpy(), cmap="gray_r")
-        row[2].bar(range(10), 100 * probabilities.numpy(), color=common.COLORS[0])
-        row[2].set(xticks=range(10), ylim=(0, 100), ylabel="probability (%)")
-        for axes in row[:2]:
-            axes.axis("off")
+        row[0].set_title(name, fontsize=9, parse_math=False)
+        best, digits = probabilities.max(1)
+        heights, labels = (probabilities[0], range(10)) if len(images) == 1 else (best, digits.tolist())
+        row[2].bar(range(len(heights)), 100 * heights.numpy(), color=common.COLORS[0])
+        row[2].set_xticks(range(len(heights)), labels)
+        row[2].set(ylim=(0, 100), ylabel="probability (%)")
+        if len(images):
+            row[1].imshow(torch.cat([*images], 2)[0].numpy(), cmap="gray_r", vmin=0, vmax=255)
+        for left in row[:2]:
+            left.axis("off")
     return figure
 
 
-def predict(paths, stem):
-    """Print and plot what the best network predicts for photos; exit code 1 if one cannot be read."""
-    model = best_network(Path(f"{stem}_runs"))
+def predict(paths, args):
+    """Print and plot what the network for photos predicts; exit code 1 if a file cannot be read."""
+    model = photo_network(args)
     shown = []
     for path in paths:
         try:
             photo = read_photo(path)
-            image, others = prepare_photo(photo)
         except ValueError as error:
             print(f"{path}: {error}", file=sys.stderr)
             continue
-        with torch.no_grad():
-            probabilities = model(common.normalize(image[None])).softmax(1)[0]
-        (best, second), (digit, runner_up) = (pair.tolist() for pair in probabilities.topk(2))
-        print(f"{path}: {digit} ({100 * best:.1f} %), then {runner_up} ({100 * second:.1f} %)")
-        if others:
-            print(f"WARNING: {path} shows several digits; this is the largest", file=sys.stderr)
-        shown.append((Path(path).name, photo, image, probabilities))
+        images, doubts = prepare_photo(photo)
+        probabilities, text = classify(model, images, doubts)
+        print(f"{path}: {text}")
+        shown.append((Path(path).name, photo, images, probabilities))
     if shown:
         title = "Photo, what the network gets, and its prediction"
-        common.save_plot(f"{stem}_predictions.png", title, "MNIST", plot_predictions, shown[:20])
+        common.save_plot(f"{args.stem}_predictions.png", title, "MNIST", plot_predictions, shown[:20])
     sys.exit(len(shown) < len(paths))
+
+
+def make_board(figure, model):
+    """Turn a matplotlib figure into a board: draw with the mouse on the left; beside it, live, the 28x28 image that the
+    network gets of the last digit, and its probabilities. C clears."""
+    from PIL import Image, ImageDraw
+
+    left, middle, right = figure.subplots(1, 3)
+    sheet = Image.new("L", (280, 280), 255)
+    pen = ImageDraw.Draw(sheet)
+    drawn = left.imshow(np.array(sheet), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    seen = middle.imshow(np.zeros((28, 28)), cmap="gray_r", vmin=0, vmax=255, interpolation="nearest")
+    bars = right.bar(range(10), [0] * 10, color=common.COLORS[0])
+    left.set(title="draw here; C clears", xticks=[], yticks=[])
+    middle.set(title="what the network gets", xticks=[], yticks=[])
+    right.set(title="probability (%)", xticks=range(10), yticks=[0, 100], ylim=(0, 100))
+    label = right.text(4.5, 90, "", ha="center")
+    stroke = []  # points (x, y) of the line that is being drawn
+
+    def show():
+        images, doubts = prepare_photo(torch.from_numpy(np.array(sheet)).float() / 255)
+        probabilities, text = classify(model, images, doubts)
+        drawn.set_data(np.array(sheet))
+        seen.set_data(images[-1, 0].numpy() if len(images) else np.zeros((28, 28)))
+        for i, bar in enumerate(bars):
+            bar.set_height(100 * probabilities[-1, i].item() if len(images) else 0)
+        label.set_text(text.partition(" (")[0] if len(images) else "")
+        for axes in figure.axes:
+            axes.redraw_in_frame()  # without ticks and titles, which takes most of the time
+        figure.canvas.blit()
+
+    def move(event):
+        if event.name == "button_press_event":
+            stroke.clear()
+        if event.inaxes is left and event.button == 1:
+            stroke.append((event.xdata, event.ydata))
+            pen.line(stroke[-2:], fill=0, width=PEN)
+            x, y = stroke[-1]
+            pen.ellipse((x - PEN / 2, y - PEN / 2, x + PEN / 2, y + PEN / 2), fill=0)
+            show()
+
+    def press_key(event):
+        if event.key == "c":
+            pen.rectangle((0, 0, 280, 280), fill=255)
+            show()
+
+    figure.canvas.mpl_connect("button_press_event", move)
+    figure.canvas.mpl_connect("motion_notify_event", move)
+    figure.canvas.mpl_connect("key_press_event", press_key)
+
+
+def draw(args):
+    """Open the board in a window, until it is closed."""
+    from matplotlib import pyplot
+
+    try:
+        figure = pyplot.figure(figsize=(9, 3.3))
+        interactive = figure.canvas.required_interactive_framework
+    except ImportError:  # of a graphical interface, or there is no display
+        interactive = None
+    if not interactive:
+        sys.exit(
+            "--draw needs a display and an interactive backend of matplotlib (such as tkinter's): there is none here"
+        )
+    make_board(figure, photo_network(args))
+    pyplot.show()
+    sys.exit(0)
 
 
 if __name__ == "__main__":
