@@ -130,14 +130,15 @@ def write_file(path, content: bytes):
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}{PARTIAL}")
     try:
         temporary.write_bytes(content)
-        for other in path.parent.glob(f".*{PARTIAL}"):  # of a process that was killed a minute ago or more
-            if temporary.stat().st_mtime - other.stat().st_mtime > 60:
-                other.unlink(missing_ok=True)
         os.replace(temporary, path)
     except OSError as error:
         sys.exit(f"cannot write {path}: {error.strerror}")
     finally:
         temporary.unlink(missing_ok=True)
+    for other in path.parent.glob(f".*{PARTIAL}"):
+        with contextlib.suppress(OSError):  # another process removes it, too
+            if path.stat().st_mtime - other.stat().st_mtime > 60:  # its process was killed
+                other.unlink()
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
