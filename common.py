@@ -144,16 +144,15 @@ def write_file(path, content: bytes):
 # ---- Command line ----------------------------------------------------------------------------------------------------
 def number(kind, least, most=math.inf):
     """A type of argparse's options: an int or a finite float from `least` to `most`."""
+    limits = f"{least} on" if most == math.inf else f"{least} to {most}"
 
     def convert(text):
-        value = kind(text)
-        if not least <= value <= most or value == math.inf:
-            raise ValueError
-        return value
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if least <= value <= most and value != math.inf:
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if kind is int else 'a number'} from {limits}")
 
-    convert.__name__ = (
-        f"{kind.__name__} from {least} to {most}" if most < math.inf else f"{kind.__name__} from {least} on"
-    )
     return convert
 
 

@@ -15,11 +15,13 @@ import io
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import xml.etree.ElementTree
 from functools import partial
 from pathlib import Path
 
@@ -185,8 +187,8 @@ def measure_workers(data_dir):
     return {"workers": common.CORES, **found}
 
 
-# ---- The whole assignment, now and before the engine -----------------------------------------------------------------
-BEFORE = "066ac12"  # the commit before the engine
+# ---- The whole assignment, now and before -----------------------------------------------------------------
+BEFORE = "066ac12"  # the commit to compare with
 
 
 def images_trained(folder):
@@ -223,7 +225,7 @@ def measure_assignment(data_dir):
         finally:
             subprocess.run([*git, "remove", "--force", before], check=True)
     sums = {name: sum(times[name]["seconds"] for times in found.values()) for name in ("before", "now")}
-    return {**found, "ratio of the sums": round(sums["before"] / sums["now"], 2)}
+    return {**found, "before": f"commit {BEFORE}", "ratio of the sums": round(sums["before"] / sums["now"], 2)}
 
 
 # ---- Health checks ---------------------------------------------------------------------------------------------------
@@ -377,6 +379,42 @@ def measure_faults(_, count=32):
     return {fault: {"tries": tries, "losses": lost} for fault, (tries, lost) in found.items()}
 
 
+# ---- Where people run the scripts: kinds of trouble ------------------------------------------------------------------
+KINDS = {  # what goes wrong, and the tests of it: a file, and how their names go on after "test_"
+    "A: other programs' files are deleted": ("surroundings", "A_"),
+    "B: fonts, locales or backends decide whether results exist": ("surroundings", "B_"),
+    "C: a file that is there but unusable is taken for missing": ("surroundings", "C_"),
+    "D: other data are called MNIST": ("surroundings", "D_"),
+    "E: limits of the machine are not seen": ("limits", ""),
+    "F: one machine needs a network": ("surroundings", "F_"),
+    "G: a process that cannot start ends in a traceback": ("surroundings", "G_"),
+    "H: a closed output ends the training": ("surroundings", "H_"),
+    "I: a foreseeable mistake ends in a traceback": ("surroundings", "I_"),
+    "J: a failed download hides its reason": ("surroundings", "J_"),
+    "K: isolated Python does not find common.py": ("surroundings", "K_"),
+    "L: unusual formats of photos are misread": ("photos", ".*(format|depth|pixels|files_that)"),
+    "M: warnings of libraries reach the user": ("surroundings", "M_"),
+    "N: a learning rate far too high has another name": ("health", ".*learning_rate"),
+}
+
+
+def measure_surroundings(_):
+    """Cases tried and failed of each kind of trouble."""
+    files = {f"test_{file}.py" for file, _ in KINDS.values()}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", f"--junitxml={report}"]
+        subprocess.run([*command, *(HERE / name for name in sorted(files))], check=False, env=ENVIRONMENT)
+        cases = [case for case in xml.etree.ElementTree.parse(report).iter("testcase") if case.find("skipped") is None]
+    found = {}
+    for kind, (file, name) in KINDS.items():
+        mine = [case for case in cases if re.fullmatch(f".*test_{file}", case.get("classname"))]
+        mine = [case for case in mine if re.match(f"test_{name}", case.get("name"))]
+        failed = [case for case in mine if case.find("failure") is not None or case.find("error") is not None]
+        found[kind] = {"cases": len(mine), "failed": len(failed)}
+    return found
+
+
 def main():
     parts = {
         "training": measure_training,
@@ -387,6 +425,7 @@ def main():
         "synthetic": measure_synthetic,
         "photos": measure_photos,
         "faults": measure_faults,
+        "surroundings": measure_surroundings,
     }
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)

@@ -217,6 +217,19 @@ def test_missing_device_is_one_line(monkeypatch, capsys):
     assert end.value.code == 2 and "--device cuda" in line and line.count("\n") == 1
 
 
+def test_each_of_torchruns_ranks_has_a_gpu_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "available_devices", lambda: ["cuda", "cpu"])
+    monkeypatch.setattr(common, "has_native_bf16", lambda device: True)
+
+    def device(*options):
+        return common.parse_args(q1_baseline.__file__, "", {}, ["--out-dir", str(tmp_path), *options]).device
+
+    assert device() == torch.device("cuda")
+    monkeypatch.setattr(common, "TORCHRUN", True)
+    monkeypatch.setattr(common, "LOCAL_RANK", 3)
+    assert device() == torch.device("cuda", 3) and device("--device", "cpu") == torch.device("cpu")
+
+
 def test_output_folder_is_tried_before_the_training(tmp_path, mnist_folder, capsys):
     (tmp_path / "file").write_text("not a folder")
     folder = str(tmp_path / "file" / "out")
