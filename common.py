@@ -45,7 +45,6 @@ from tqdm import tqdm
 from q4_break.health import Recorder, alarm_names, check_health
 
 ROOT = Path(__file__).resolve().parent
-CORES = torch.get_num_threads()  # that torch may use; OMP_NUM_THREADS lowers it
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # whether this process is one of torchrun's ranks
 RANK, LOCAL_RANK, WORLD, RESTARTS = (
     int(os.environ.get(name, default)) if TORCHRUN else default
@@ -55,18 +54,57 @@ RANK, LOCAL_RANK, WORLD, RESTARTS = (
 
 # ---- Setup: process, device, files -----------------------------------------------------------------------------------
 PARTIAL = ".mnist-cnn-partial"  # ends the names of half-written files
+NATIVE = ctypes.CDLL(None) if sys.platform == "linux" else None  # glibc, and the OpenMP library that torch uses
+
+
+def allowed_cores() -> set[int]:
+    """The cores of this process. OpenMP leaves this thread only one if it binds threads (OMP_PROC_BIND): then its."""
+    bound = set()
+    for place in range(NATIVE.omp_get_num_places() if hasattr(NATIVE, "omp_get_num_places") else 0):
+        cores = (ctypes.c_int * NATIVE.omp_get_place_num_procs(place))()
+        NATIVE.omp_get_place_proc_ids(place, cores)
+        bound.update(cores)
+    return bound or (os.sched_getaffinity(0) if NATIVE else set(range(os.cpu_count() or 1)))
+
+
+def usable_cores(root="/sys/fs/cgroup", own="/proc/self/cgroup") -> int:
+    """How many cores this process may use, also by the CPU quotas of its cgroup, version 1 or 2, and those above it."""
+    limits = [len(allowed_cores())]
+    for line in Path(own).read_text().splitlines() if Path(own).exists() else []:
+        _, controllers, path = line.split(":", 2)
+        version_1 = "cpu" in controllers.split(",")  # version 2 names no controllers
+        names = ["cpu.cfs_quota_us", "cpu.cfs_period_us"] if version_1 else ["cpu.max"]
+        folder = Path(root, "cpu" if version_1 else "", path.lstrip("/"))
+        for above in [folder, *folder.parents]:  # in a container only the last may be there
+            text = " ".join((above / name).read_text().strip() for name in names if (above / name).exists())
+            if quota := re.fullmatch(r"(\d+) (\d+)", text):  # without a limit it is "max" or -1
+                limits.append(int(quota[1]) / int(quota[2]))
+    return max(1, int(min(limits)))
+
+
+CORES = min(torch.get_num_threads(), usable_cores())  # OMP_NUM_THREADS lowers it
+
+
+def granted_threads(threads: int) -> int:
+    """How many OpenMP grants of `threads` (OMP_THREAD_LIMIT): if torch asks for more, its backward pass never ends."""
+    if threads == 1 or not hasattr(NATIVE, "GOMP_parallel"):  # it cannot be measured on macOS and Windows
+        return threads
+    NATIVE.omp_set_dynamic(0)  # OMP_DYNAMIC grants fewer while other programs are busy
+    granted = []  # an item from each thread of a parallel region
+    NATIVE.GOMP_parallel(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(granted.append), None, threads, 0)
+    return len(granted)
 
 
 def setup(threads):
     """Settings of a process that trains, before its first computation: threads take them over when they start."""
-    torch.set_num_threads(threads)
     for dtype in (np.float32, np.float64):
         np.finfo(dtype)  # NumPy measures its limits at their first use, and warns if denormals are flushed by then
     torch.set_flush_denormal(True)  # multiplying denormal numbers is many times slower
+    torch.set_num_threads(granted_threads(threads))  # which starts them
     torch.backends.cudnn.deterministic = True  # a resumed run ends bit-identical
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, and below M_MMAP_THRESHOLD: glibc keeps blocks of up to 32 MiB
-        libc.mallopt(-3, 1 << 25)  # instead of returning them at each step, and fp32 training is a fifth faster
+    if hasattr(NATIVE, "mallopt"):
+        NATIVE.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, and below M_MMAP_THRESHOLD: glibc keeps blocks of up to 32 MiB
+        NATIVE.mallopt(-3, 1 << 25)  # instead of returning them at each step, and fp32 training is a fifth faster
 
 
 def available_devices() -> list[str]:
@@ -229,6 +267,10 @@ def parse_args(script, doc, runs, argv=None, *, seeds=1, options=None, **default
         tempfile.TemporaryFile(dir=args.out_dir).close()
     except OSError as error:
         parser.error(f"--out-dir {args.out_dir}: cannot write: {error.strerror}; give another folder")
+    cores = usable_cores()
+    if args.threads and args.threads > cores:  # with far more, torch hangs or ends the process without a word
+        print(f"--threads {args.threads}: only {cores} core(s) may be used here, so each run gets {cores} thread(s)")
+        args.threads = cores
     setup(CORES)  # now: the first computation starts the threads
     return args
 
@@ -705,7 +747,7 @@ class Run(NamedTuple):
 
 def list_runs(args, data: Dataset, configs: dict[str, dict], seeds: list[int], test: bool) -> list[Run]:
     """All runs, the seeds of a name one after another, so that torchrun's ranks get equal shares."""
-    threads = args.threads or max(1, CORES // min(args.workers, len(configs) * len(seeds)))
+    threads = granted_threads(args.threads or max(1, CORES // min(args.workers, len(configs) * len(seeds))))
     environment = {"data": 0, "device": args.device.type, "precision": args.precision}
     for tensor in itertools.chain(*data[:3]):
         environment["data"] = zlib.crc32(tensor.cpu().contiguous().numpy(), environment["data"])
@@ -854,6 +896,9 @@ def train_in_processes(train, data: Dataset, runs: list[Run], workers: int, show
     """Yield (run, what failed) as `workers` processes finish the runs; `show` gets their progress."""
     context = torch.multiprocessing.get_context("spawn")
     messages = context.SimpleQueue()
+    if NATIVE:  # no binding: it would put the first thread of each process on the same core
+        os.sched_setaffinity(0, allowed_cores())  # the processes inherit it
+        os.environ["OMP_PROC_BIND"] = "false"
     with ProcessPoolExecutor(workers, context, start_worker, (train, data, messages)) as pool:
         try:
             left = {pool.submit(train_in_worker, run): run for run in runs}
@@ -869,7 +914,8 @@ def train_in_processes(train, data: Dataset, runs: list[Run], workers: int, show
                 for future in done:
                     yield left.pop(future), future.result()
         except BrokenProcessPool:
-            sys.exit("a worker process was killed, probably out of memory: try --workers 1; --resume continues")
+            advice = "--workers 1 needs about 1 GB (variant 8: 3 GB); --resume continues"
+            sys.exit(f"a worker process was killed, probably out of memory; {advice}")
         except BaseException:  # Ctrl-C, or a full disk
             end_workers()
             raise

@@ -323,6 +323,7 @@ def test_workers_and_threads_by_default(mnist_folder, tmp_path, monkeypatch, cap
         return tuple(map(int, re.search(r"(\d+) at a time, (\d+) thread", capsys.readouterr().out).groups()))
 
     monkeypatch.setattr(common, "CORES", 8)
+    monkeypatch.setattr(common, "usable_cores", lambda: 8)
     monkeypatch.setattr(common, "setup", lambda threads: None)
     monkeypatch.setattr(common, "train_runs", lambda *_: sys.exit("enough"))
     assert start() == (4, 2)  # four runs
