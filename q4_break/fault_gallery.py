@@ -1,4 +1,4 @@
-"""Q4, fault gallery: the health checks name the cause of 29 common faults; no healthy training sets off an alarm.
+"""Q4, fault gallery: the health checks name the cause of 30 common faults; no healthy training sets off an alarm.
 
 Expect  a matrix of faults and alarms with its entries on a diagonal: the first alarm of a training names its fault.
 Why     Most faults of a training end in the same symptom, chance level or a few points too little, and the loss does
@@ -152,10 +152,11 @@ def set_option(name, value):
     return lambda optimizer: optimizer.param_groups[0].update({name: value})
 
 
-OPTIMIZER = {  # each changes an Adam optimizer
+OPTIMIZER = {  # each changes an Adam optimizer, or SGD with momentum if its name begins so
     "learning rate 1e-7": set_option("lr", 1e-7),
     "learning rate 0": set_option("lr", 0.0),
     "learning rate 0.3": set_option("lr", 0.3),
+    "SGD, learning rate 10": set_option("lr", 10.0),
     "zero_grad forgotten": forget("zero_grad"),
     "step forgotten": forget("step"),
     "last layer only": last_layer_only,
@@ -189,7 +190,8 @@ FAULTS = {  # its networks, and the alarms that name it
     "never in evaluation mode": (NORMALISED, {"batch statistics"}),
     "learning rate 1e-7": (PLAIN, {"learning rate too low"}),
     "learning rate 0": (PLAIN, {"parameters not updated"}),
-    "learning rate 0.3": (PLAIN, {"oscillating", "dead ReLUs", "saturated activations", "diverged"}),
+    "learning rate 0.3": (PLAIN, {"learning rate too high"}),
+    "SGD, learning rate 10": (PLAIN, {"learning rate too high", "diverged"}),
     "zero_grad forgotten": (PLAIN, {"gradients not reset"}),
     "step forgotten": (PLAIN, {"parameters not updated"}),
     "last layer only": (PLAIN, {"parameters not updated"}),
@@ -225,7 +227,10 @@ def train(config, data, seed, **settings):
     model = NETWORKS[config["network"]]()
     NETWORK.get(fault, unchanged)(model)
     model.to(data.train.labels.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"])
+    if fault and fault.startswith("SGD"):
+        optimizer = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=0.9)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"])
     OPTIMIZER.get(fault, unchanged)(optimizer)
     shuffle = fault != "sorted, not shuffled"
     return model, common.fit(model, data, optimizer, config, seed=seed, shuffle=shuffle, **settings)

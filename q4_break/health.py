@@ -23,6 +23,7 @@ ALARMS = {  # causes before effects: the first alarm of a training is its diagno
     "gradients not reset": "Call optimizer.zero_grad() before each backward pass.",
     "initial loss too high": "Scale initial weights and inputs down: the first loss should be near ln 10.",
     "diverged": "Lower the learning rate, or clip the gradients.",
+    "learning rate too high": "Lower the learning rate: the weights are far longer than usual, and the loss is high.",
     "initial weights too small": "Scale the initial weights up: training takes long to leave chance level.",
     "symmetric units": "Initialise the layer with random weights: units that start equal stay equal.",
     "dead ReLUs": "Look at biases and learning rate: no image reaches the units of this layer.",
@@ -125,12 +126,20 @@ def check_course(model: nn.Module, history, updates: list, classes: int, optimiz
     names = [name for name, _ in model.named_parameters()]
     updates = torch.tensor(updates)
     start, end, moved = updates[0, :, 0], updates[-1, :, 1], updates[:, :, 2].sum(0)
-    layers = [i for i, parameter in enumerate(model.parameters()) if parameter.dim() > 1 and start[i] > 0]
+    shapes = [parameter.shape for parameter in model.parameters()]
+    layers = [i for i, shape in enumerate(shapes) if len(shape) > 1 and start[i] > 0]
+    # PyTorch's default weights, uniform within 1 / sqrt(inputs) of 0, have the length sqrt(units / 3).
+    usual = [math.sqrt(shape[0] / 3) if len(shape) > 1 else 0 for shape in shapes]
+    # Weights that start too small grow to about that length, with a learning rate too high they grow far beyond it.
+    small = [i for i in layers if start[i] < 0.03 * usual[i]]  # 0.95; 0.001
+    excess = max([end[i] / max(start[i], usual[i]) for i in layers], default=1)
     return {
         "gradients not reset": any(gradient.any() for gradient in gradients),
         "initial loss too high": not losses[0] < 5 * math.log(classes),  # 6.4, with He's weights; 3,000
         "diverged": history.diverged,
-        "initial weights too small": max([end[i] / start[i] for i in layers], default=1) > 200,  # 4; 700
+        # BatchNorm's weights may grow 100 times in a healthy training, but then the last loss is below 0.5
+        "learning rate too high": excess > 6 and means[-1] > 0.5 * math.log(classes),  # 5; 12, and a loss of 1.6
+        "initial weights too small": max([end[i] / start[i] for i in small], default=1) > 200,  # 4; 700
         "parameters not updated": [name for name, distance in zip(names, moved, strict=True) if distance == 0],
         "learning rate too low": 0 < max([moved[i] / start[i] for i in layers], default=0) < 0.02,  # 0.56; 0.0005
         "weights decayed": min([end[i] / start[i] for i in layers], default=1) < 0.05,  # 1; 0.0006

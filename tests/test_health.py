@@ -124,6 +124,33 @@ def test_lengths_of_updates_show_decay_small_starts_and_small_steps(trained):
     assert check(trained, recorder=recorder) == ["initial weights too small"]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "last_loss", "alarms"),  # of a layer of 32 units, whose usual length is 3.3
+    [
+        ((3.3, 1e6, 1e6), 2.3, ["learning rate too high"]),
+        ((3.3, math.inf, math.inf), 2.3, ["learning rate too high"]),
+        ((3.3, 1e3, 1e3), 0.1, []),  # BatchNorm makes the length of the weights before it irrelevant
+        ((3.3, 10.0, 10.0), 2.3, []),  # an usual training, that has not learned for another reason
+        ((0.0033, 3.3, 3.3), 2.3, ["initial weights too small"]),
+        ((0.0033, 1e3, 1e3), 2.3, ["learning rate too high", "initial weights too small"]),
+        ((100.0, 300.0, 300.0), 2.3, []),  # long from the start
+    ],
+)
+def test_weights_that_blow_up_are_told_from_weights_that_started_small(lengths, last_loss, alarms, trained):
+    recorder = healthy_recorder(trained[1])
+    recorder.updates = [[list(lengths), *epoch[1:]] for epoch in recorder.updates]
+    history = healthy_history(steps=[2.3] * 50 + [last_loss] * 50)
+    assert check(trained, history=history, recorder=recorder) == alarms
+
+
+@pytest.mark.parametrize("lr", [1.0, 10.0, 100.0])
+def test_first_alarm_of_sgd_with_a_learning_rate_too_high(lr, trained):
+    model = healthy_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    history = common.fit(model, trained[0], optimizer, {"epochs": 2, "batch_size": 32}, progress=be_silent)
+    assert history.health[0] in ("learning rate too high", "diverged")
+
+
 def test_recorder_measures_updates_and_continues_from_its_state():
     layer = nn.Linear(2, 1, bias=False)
     layer.weight.data = torch.tensor([[3.0, 4.0]])
