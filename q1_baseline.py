@@ -196,13 +196,12 @@ def read_photo(path) -> Tensor:
             if photo.width * photo.height > 100e6:
                 raise ValueError("more than 100 megapixels")
             photo.draft("RGB", (LONGEST, LONGEST))  # JPEG is decoded with less detail, many times faster
-            upright = ImageOps.exif_transpose(photo)
-            if upright.mode.startswith(("I", "F")):  # 16 or 32 bits
-                return scale_range(torch.from_numpy(np.array(upright, dtype=np.float32)))
-            if upright.mode not in ("L", "RGB"):  # these can be reduced before, which is faster
-                upright = upright.convert("RGBA")
-            upright = upright.reduce(max(1, max(upright.size) // LONGEST)).convert("RGBA")
-            *colors, alpha = torch.from_numpy(np.array(upright)).float().div(255).unbind(2)
+            ImageOps.exif_transpose(photo, in_place=True)
+            if photo.mode.startswith(("I", "F")):  # 16 or 32 bits
+                return scale_range(torch.from_numpy(np.array(photo, dtype=np.float32)))
+            pixels = photo if photo.mode in ("L", "RGB") else photo.convert("RGBA")
+            small = pixels.reduce(max(1, max(photo.size) // LONGEST)).convert("RGBA")
+            *colors, alpha = torch.from_numpy(np.array(small)).float().div(255).unbind(2)
     except FileNotFoundError:
         raise ValueError("no such file") from None
     except IsADirectoryError:
@@ -313,7 +312,7 @@ def find_sheet(gray: Tensor) -> Tensor | None:
     """What is inside a closed frame, or the sheet on a table: (h, w), what surrounds it painted over; None if there is
     neither. It is nearly a rectangle, longer than a third of the photo's (H, W) sides, with a sharp edge."""
     height, width = gray.shape
-    gap = max(gray.shape) // 50  # of a dotted line
+    gap = max(gray.shape) // 40  # of a dotted line
     threshold, _ = otsu(gray)
     for side in (gray > threshold, gray <= threshold):
         numbers, boxes = connected_parts((~widen(~side, gap)).numpy())
@@ -358,6 +357,12 @@ def find_strokes(gray: Tensor) -> tuple[Tensor, Tensor]:
     return ink, torch.zeros_like(ink, dtype=torch.bool)
 
 
+def cover_sides(part, edge):
+    """The shares of the upper, lower, left and right side of a bool array (H, W) with anything in the outer `edge`
+    pixels: of a frame 1, of most digits less."""
+    return [strip.any(0).mean() for strip in (part[:edge], part[-edge:], part.T[:edge], part.T[-edge:])]
+
+
 def find_foreign(numbers, boxes):
     """Which parts, numbered as in `connected_parts`, belong to no digit: bool (N + 1,). That is a frame, with what lies
     on or outside of it, and what the photo's border cuts, if anything else is a tenth of the photo high."""
@@ -369,8 +374,8 @@ def find_foreign(numbers, boxes):
     for i in large:
         own = numbers[top[i] : bottom[i], left[i] : right[i]] == i + 1
         edge = max(2, min(own.shape) // 8)
-        up, down, west, east = own[:edge].any(0), own[-edge:].any(0), own[:, :edge].any(1), own[:, -edge:].any(1)
-        opposite = max(min(up.mean(), down.mean()), min(west.mean(), east.mean()))
+        up, down, west, east = cover_sides(own, edge)
+        opposite = max(min(up, down), min(west, east))
         inside = (boxes[:, :2] >= boxes[i, :2]).all(1) & (boxes[:, 2:] <= boxes[i, 2:]).all(1)
         inside &= 6 * (bottom - top) > bottom[i] - top[i]
         if opposite > 0.6 and inside.sum() > 1:  # itself and another
@@ -398,8 +403,12 @@ def same_digit(a, b) -> bool:
 
 def separate_digits(strokes: Tensor) -> tuple[list, bool]:
     """The digits of the line with the largest one, from left to right, each as (box, mask (H, W)), and whether there
-    are other lines. Gaps of 0.7 stroke widths are bridged."""
-    numbers, boxes = connected_parts(widen(strokes, round(0.7 * stroke_width(strokes))).numpy())
+    are other lines. Gaps of 0.7 stroke widths are bridged, unless
+    what they join is wider than a digit."""
+    bridged = widen(strokes, round(0.7 * stroke_width(strokes))).numpy()
+    numbers, boxes = connected_parts(bridged)
+    wide = np.append(False, boxes[:, 3] - boxes[:, 1] > 1.1 * (boxes[:, 2] - boxes[:, 0]))
+    numbers, boxes = connected_parts(np.where(wide[numbers], strokes.numpy(), bridged))
     numbers = numbers * strokes.numpy()
     areas = np.bincount(numbers.ravel(), minlength=len(boxes) + 1)[1:]
     digits = []  # box, numbers of the parts
@@ -462,6 +471,11 @@ def prepare_photo(gray: Tensor) -> tuple[Tensor, list[str]]:
         doubts.append("it touches two borders")
     if (wide > 1.5 * tall).any():
         doubts.append("it is wider than a digit")
+    for (top, left, bottom, right), mask in digits:
+        part = mask[top:bottom, left:right].numpy()
+        if 2 * part.shape[1] > part.shape[0] and sorted(cover_sides(part, max(2, min(part.shape) // 8)))[1] > 0.85:
+            doubts.append("it may be a frame")
+            break
     if (tall < 10 * scale).any():
         doubts.append("it is less than ten pixels high")
     return torch.stack([frame_digit(ink, mask) for _, mask in digits]), doubts
