@@ -402,8 +402,8 @@ def same_digit(a, b) -> bool:
 
 
 def separate_digits(strokes: Tensor) -> tuple[list, bool]:
-    """The digits of the line with the largest one, from left to right, each as (box, mask (H, W)), and whether there
-    are other lines. Gaps of 0.7 stroke widths are bridged, unless
+    """The digits of the line with the largest one, from left to right, each as (box, mask (H, W)), and whether other
+    parts are large. Gaps of 0.7 stroke widths are bridged, unless
     what they join is wider than a digit."""
     bridged = widen(strokes, round(0.7 * stroke_width(strokes))).numpy()
     numbers, boxes = connected_parts(bridged)
@@ -424,11 +424,11 @@ def separate_digits(strokes: Tensor) -> tuple[list, bool]:
     line, others = [], False
     for box, parts in digits:
         tall = min(box[2] - box[0], first[2] - first[0])
-        if 2 * tall >= first[2] - first[0]:
-            if 2 * (min(box[2], first[2]) - max(box[0], first[0])) > tall:
-                line.append((box, strokes & torch.from_numpy(np.isin(numbers, parts))))
-            else:
-                others = True
+        overlap = min(box[2], first[2]) - max(box[0], first[0])
+        if 2 * tall >= first[2] - first[0] and 2 * overlap > tall:
+            line.append((box, strokes & torch.from_numpy(np.isin(numbers, parts))))
+        elif 3 * tall >= first[2] - first[0]:
+            others = True
     return sorted(line, key=lambda digit: digit[0][1]), others
 
 
@@ -464,7 +464,7 @@ def prepare_photo(gray: Tensor) -> tuple[Tensor, list[str]]:
     if not strokes.any():
         return torch.zeros(0, 1, 28, 28, dtype=torch.uint8), ["no digit stands out from the paper"]
     digits, others = separate_digits(strokes)
-    doubts = ["more than one line of digits"] if others else []
+    doubts = ["more than one line of digits, or a part left over"] if others else []
     boxes = np.stack([box for box, _ in digits])
     tall, wide = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     if ((boxes[:, :2] == 0).sum(1) + (boxes[:, 2:] == strokes.shape).sum(1) >= 2).any():
