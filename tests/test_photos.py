@@ -35,7 +35,7 @@ def digits():
 def trained(mnist_folder, tmp_path_factory):
     """A folder with a network for photos, trained on 880 synthetic digits at the first --predict, and its options."""
     folder = tmp_path_factory.mktemp("trained")
-    options = f"--out-dir {folder} --data-dir {mnist_folder} --epochs 6 --batch-size 16 --precision fp32 --workers 1"
+    options = f"--out-dir {folder} --data-dir {mnist_folder} --epochs 4 --batch-size 16 --precision fp32 --workers 1"
     photo = write_photo(folder / "first.png", common.draw_digits(1, seed=3)[0][0])
     with pytest.raises(SystemExit) as end:
         q1_baseline.main([*options.split(), "--predict", str(photo)])
@@ -125,10 +125,10 @@ def test_digits_of_every_kind_are_found(kind, digits):
     """As many as there are; the right ones, which takes a network, in the slow test below."""
     generator = torch.Generator().manual_seed(1)
     found = 0
-    for content, expected in make_photos(kind, digits, 4, generator):
+    for content, expected in make_photos(kind, digits, 3, generator):
         images, _ = prepare(io.BytesIO(content))
         found += len(images) == len(expected)
-    assert found >= 3
+    assert found >= 2
 
 
 @pytest.mark.slow
