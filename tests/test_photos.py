@@ -241,15 +241,33 @@ def test_digits_in_a_line_are_read_from_left_to_right(trained, digits, tmp_path,
     assert text.partition(" (")[0].replace(" ", "").isdigit() and text.count("%") == 4
 
 
+def test_digits_half_a_stroke_apart_are_two_and_a_broken_one_is_one(tmp_path):
+    sheet = Image.new("L", (500, 400), 255)
+    pen = ImageDraw.Draw(sheet)
+    for left in (100, 230):
+        pen.ellipse((left, 100, left + 120, 260), outline=0, width=20)
+    sheet.save(tmp_path / "two.png")
+    assert len(prepare(tmp_path / "two.png")[0]) == 2
+    pen.rectangle((225, 0, 500, 400), fill=255)
+    pen.line([(90, 175), (240, 175)], fill=255, width=8)
+    sheet.save(tmp_path / "broken.png")
+    assert len(prepare(tmp_path / "broken.png")[0]) == 1
+
+
 def test_doubts_are_shown_with_what_to_do(trained, digits, tmp_path, capsys):
     image = digits[0][0]
-    blank, tiny, cut, lines = (tmp_path / f"{name}.png" for name in ("blank", "tiny", "cut", "lines"))
+    names = "blank", "tiny", "cut", "lines", "frame"
+    blank, tiny, cut, lines, frame = (tmp_path / f"{name}.png" for name in names)
     Image.new("L", (200, 200), 200).save(blank)
     Image.open(write_photo(tmp_path / "large.png", image)).resize((9, 9)).save(tiny)
     Image.open(tmp_path / "large.png").crop((60, 60, 220, 220)).save(cut)
     paste(lines, digits[0][:2], [(100, 10, 6), (100, 200, 6)])
-    words = "no digit stands out", "less than ten pixels high", "touches two borders", "more than one line"
-    assert predict(trained, blank, tiny, cut, lines) == 0
+    with Image.open(paste(frame, digits[0][:1], [(310, 60, 10)])) as sheet:  # open below; the digit is joined to it
+        ImageDraw.Draw(sheet).line([(300, 380), (300, 20), (600, 20), (600, 380)], fill=0, width=12)
+        ImageDraw.Draw(sheet).line([(300, 200), (450, 200)], fill=0, width=12)
+        sheet.save(frame)
+    words = "no digit stands out", "less than ten pixels high", "touches two borders", "more than one line", "a frame"
+    assert predict(trained, blank, tiny, cut, lines, frame) == 0
     out, err = capsys.readouterr()
     assert not err and len(out.splitlines()) == len(words)
     for line, word in zip(out.splitlines(), words, strict=True):
