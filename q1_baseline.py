@@ -196,13 +196,12 @@ def read_photo(path) -> Tensor:
             if photo.width * photo.height > 100e6:
                 raise ValueError("more than 100 megapixels")
             photo.draft("RGB", (LONGEST, LONGEST))  # JPEG is decoded with less detail, many times faster
-            upright = ImageOps.exif_transpose(photo)
-            if upright.mode.startswith(("I", "F")):  # 16 or 32 bits
-                return scale_range(torch.from_numpy(np.array(upright, dtype=np.float32)))
-            if upright.mode not in ("L", "RGB"):  # these can be reduced before, which is faster
-                upright = upright.convert("RGBA")
-            upright = upright.reduce(max(1, max(upright.size) // LONGEST)).convert("RGBA")
-            *colors, alpha = torch.from_numpy(np.array(upright)).float().div(255).unbind(2)
+            ImageOps.exif_transpose(photo, in_place=True)
+            if photo.mode.startswith(("I", "F")):  # 16 or 32 bits
+                return scale_range(torch.from_numpy(np.array(photo, dtype=np.float32)))
+            pixels = photo if photo.mode in ("L", "RGB") else photo.convert("RGBA")
+            small = pixels.reduce(max(1, max(photo.size) // LONGEST)).convert("RGBA")
+            *colors, alpha = torch.from_numpy(np.array(small)).float().div(255).unbind(2)
     except FileNotFoundError:
         raise ValueError("no such file") from None
     except IsADirectoryError:
@@ -311,9 +310,9 @@ def span(mask, axis):
 
 def find_sheet(gray: Tensor) -> Tensor | None:
     """What is inside a closed frame, or the sheet on a table: (h, w), what surrounds it painted over; None if there is
-    neither. It is nearly a rectangle, longer than a third of the photo's (H, W) sides, with a sharp edge."""
+    neither. It is nearly a rectangle, longer than a third of the photo's (H, W) sides."""
     height, width = gray.shape
-    gap = max(gray.shape) // 50  # of a dotted line
+    gap = max(gray.shape) // 40  # of a dotted line
     threshold, _ = otsu(gray)
     for side in (gray > threshold, gray <= threshold):
         numbers, boxes = connected_parts((~widen(~side, gap)).numpy())
@@ -326,10 +325,7 @@ def find_sheet(gray: Tensor) -> Tensor | None:
                 continue
             filled = torch.from_numpy(span(own, 0) | span(own, 1))  # with the digits on it
             sheet = F.pad(filled, (left, width - right, top, height - bottom))
-            edge = (
-                gray[sheet & widen(~sheet, 8)].mean() - gray[widen(sheet, 2 * gap + 8) & ~widen(sheet, 2 * gap)].mean()
-            )
-            if filled.sum() >= 0.85 * area and edge.abs() >= 0.1:
+            if filled.sum() >= 0.85 * area:
                 return torch.where(sheet, gray, gray[sheet].median())[top:bottom, left:right]
     return None
 
@@ -358,6 +354,13 @@ def find_strokes(gray: Tensor) -> tuple[Tensor, Tensor]:
     return ink, torch.zeros_like(ink, dtype=torch.bool)
 
 
+def cover_sides(part):
+    """The shares of the upper, lower, left and right side of a bool array (H, W) along which it has anything in an
+    eighth of its shorter side: near 1 on all sides of a frame, on few sides of a digit."""
+    edge = max(2, min(part.shape) // 8)
+    return [strip.any(0).mean() for strip in (part[:edge], part[-edge:], part.T[:edge], part.T[-edge:])]
+
+
 def find_foreign(numbers, boxes):
     """Which parts, numbered as in `connected_parts`, belong to no digit: bool (N + 1,). That is a frame, with what lies
     on or outside of it, and what the photo's border cuts, if anything else is a tenth of the photo high."""
@@ -368,12 +371,10 @@ def find_foreign(numbers, boxes):
     foreign = np.zeros(len(boxes) + 1, dtype=bool)
     for i in large:
         own = numbers[top[i] : bottom[i], left[i] : right[i]] == i + 1
-        edge = max(2, min(own.shape) // 8)
-        up, down, west, east = own[:edge].any(0), own[-edge:].any(0), own[:, :edge].any(1), own[:, -edge:].any(1)
-        opposite = max(min(up.mean(), down.mean()), min(west.mean(), east.mean()))
+        up, down, west, east = cover_sides(own)
         inside = (boxes[:, :2] >= boxes[i, :2]).all(1) & (boxes[:, 2:] <= boxes[i, 2:]).all(1)
-        inside &= 6 * (bottom - top) > bottom[i] - top[i]
-        if opposite > 0.6 and inside.sum() > 1:  # itself and another
+        if max(min(up, down), min(west, east)) > 0.6 and inside.sum() > 1:  # itself and another
+            edge = max(2, min(own.shape) // 8)
             within = (middles >= boxes[i, :2] + edge).all(1) & (middles <= boxes[i, 2:] - edge).all(1)
             foreign[1:] |= ~within
             foreign[i + 1] = True
@@ -397,9 +398,13 @@ def same_digit(a, b) -> bool:
 
 
 def separate_digits(strokes: Tensor) -> tuple[list, bool]:
-    """The digits of the line with the largest one, from left to right, each as (box, mask (H, W)), and whether there
-    are other lines. Gaps of 0.7 stroke widths are bridged."""
-    numbers, boxes = connected_parts(widen(strokes, round(0.7 * stroke_width(strokes))).numpy())
+    """The digits of the line with the largest one, from left to right, each as (box, mask (H, W)), and whether other
+    parts are large. Gaps of 0.7 stroke widths are bridged, unless
+    what they join is wider than a digit."""
+    bridged = widen(strokes, round(0.7 * stroke_width(strokes))).numpy()
+    numbers, boxes = connected_parts(bridged)
+    wide = np.append(False, boxes[:, 3] - boxes[:, 1] > 1.1 * (boxes[:, 2] - boxes[:, 0]))
+    numbers, boxes = connected_parts(np.where(wide[numbers], strokes.numpy(), bridged))
     numbers = numbers * strokes.numpy()
     areas = np.bincount(numbers.ravel(), minlength=len(boxes) + 1)[1:]
     digits = []  # box, numbers of the parts
@@ -415,11 +420,11 @@ def separate_digits(strokes: Tensor) -> tuple[list, bool]:
     line, others = [], False
     for box, parts in digits:
         tall = min(box[2] - box[0], first[2] - first[0])
-        if 2 * tall >= first[2] - first[0]:
-            if 2 * (min(box[2], first[2]) - max(box[0], first[0])) > tall:
-                line.append((box, strokes & torch.from_numpy(np.isin(numbers, parts))))
-            else:
-                others = True
+        overlap = min(box[2], first[2]) - max(box[0], first[0])
+        if 2 * tall >= first[2] - first[0] and 2 * overlap > tall:
+            line.append((box, strokes & torch.from_numpy(np.isin(numbers, parts))))
+        elif 3 * tall >= first[2] - first[0]:
+            others = True
     return sorted(line, key=lambda digit: digit[0][1]), others
 
 
@@ -455,15 +460,19 @@ def prepare_photo(gray: Tensor) -> tuple[Tensor, list[str]]:
     if not strokes.any():
         return torch.zeros(0, 1, 28, 28, dtype=torch.uint8), ["no digit stands out from the paper"]
     digits, others = separate_digits(strokes)
-    doubts = ["more than one line of digits"] if others else []
     boxes = np.stack([box for box, _ in digits])
     tall, wide = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    if ((boxes[:, :2] == 0).sum(1) + (boxes[:, 2:] == strokes.shape).sum(1) >= 2).any():
-        doubts.append("it touches two borders")
-    if (wide > 1.5 * tall).any():
-        doubts.append("it is wider than a digit")
-    if (tall < 10 * scale).any():
-        doubts.append("it is less than ten pixels high")
+    touched = (boxes[:, :2] == 0).sum(1) + (boxes[:, 2:] == strokes.shape).sum(1)
+    parts = [mask[top:bottom, left:right].numpy() for (top, left, bottom, right), mask in digits]
+    three_sides = np.array([sorted(cover_sides(part))[1] for part in parts])
+    reasons = {
+        "more than one line of digits, or a part left over": others,
+        "it touches two borders": (touched >= 2).any(),
+        "it is wider than a digit": (wide > 1.5 * tall).any(),
+        "it may be a frame": ((three_sides > 0.85) & (wide > 0.5 * tall)).any(),
+        "it is less than ten pixels high": (tall < 10 * scale).any(),
+    }
+    doubts = [reason for reason, holds in reasons.items() if holds]
     return torch.stack([frame_digit(ink, mask) for _, mask in digits]), doubts
 
 
@@ -538,8 +547,8 @@ def make_board(figure, model):
     bars = right.bar(range(10), [0] * 10, color=common.COLORS[0])
     left.set(title="draw here; C clears", xticks=[], yticks=[])
     middle.set(title="what the network gets", xticks=[], yticks=[])
-    right.set(title="probability (%)", xticks=range(10), yticks=[0, 100], ylim=(0, 100))
-    label = right.text(4.5, 90, "", ha="center")
+    right.set(title="probability (%)", xticks=range(10), yticks=[0, 100], ylim=(0, 118))
+    label = right.text(4.5, 105, "", ha="center", fontsize=14)
     stroke = []  # points (x, y) of the line that is being drawn
 
     def show():

@@ -6,7 +6,7 @@
 The ways to train take turns, and the medians of their ratios are what counts: machines differ and are noisy. Parts
 `workers`, `assignment`, `health`, `synthetic` and `photos` need MNIST in --data-dir, MNIST_DIR or data/, `photos` also
 a network that q1_baseline.py has trained.
-Writes benchmark.json and benchmark_digits.png beside itself.
+Writes benchmark.json and benchmark_digits.png beside itself, and q1_baseline_board.png.
 """
 
 import argparse
@@ -317,6 +317,24 @@ def plot_digits(*splits):
     return figure
 
 
+def save_board(model):
+    """q1_baseline_board.png, for README: the board of --draw after a four of two strokes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from test_photos import draw_line
+
+    figure = common.new_figure(9, 3.3)
+    canvas = FigureCanvasAgg(figure)
+    q1_baseline.make_board(figure, model)
+    canvas.draw()
+    down = torch.linspace(0, 1, 12)[:, None]
+    corners = torch.tensor([[105.0, 50], [75, 160], [195, 150]])
+    angle = torch.cat([a + down * (b - a) for a, b in zip(corners, corners[1:], strict=False)])
+    stem = torch.tensor([165.0, 85]) + down * torch.tensor([-18.0, 150])
+    for stroke in (angle, stem):
+        draw_line(figure, figure.axes[0], stroke.tolist())
+    figure.savefig(ROOT / "q1_baseline_board.png", dpi=100, metadata={"Software": None})
+
+
 def measure_photos(data_dir, count=200):
     """Digits read correctly, in percent, by kind of photo (tests/photos.py, made of MNIST test images), by the network
     for photos and by the best baseline that q1_baseline.py has left; how many of the photos without a doubt and with a
@@ -335,6 +353,7 @@ def measure_photos(data_dir, count=200):
     states = [common.load_checkpoint(path, {}) for path in (ROOT / "q1_baseline_runs").glob("*.pt")]
     best = max(states, key=lambda state: state["result"]["scores"]["val_accuracy"])
     models["baseline"].load_state_dict(best["best"])
+    save_board(models["network for photos"])
     found = {"photos of each kind": count}
     for name, model in models.items():
         right, sure, wrong = {}, 0, 0
@@ -361,13 +380,15 @@ def measure_photos(data_dir, count=200):
     resized = [resize_naively(q1_baseline.read_photo(io.BytesIO(photo))) for photo in photos]
     split = common.Split(torch.stack(resized), data.test.labels[chosen])
     found["mixture, merely resized"] = round(common.evaluate(models["baseline"], split)[1], 2)
-    Image.open(io.BytesIO(photos[0])).resize((4000, 3000)).convert("RGB").save(content := io.BytesIO(), "JPEG")
-    seconds = []
-    for _ in range(7):
-        started = time.perf_counter()
-        q1_baseline.classify(model, *q1_baseline.prepare_photo(q1_baseline.read_photo(content)))
-        seconds.append(time.perf_counter() - started)
-    return {**found, "seconds for 12 megapixels": median(seconds)}
+    large = Image.open(io.BytesIO(photos[0])).resize((4000, 3000)).convert("RGB")
+    seconds = {"JPEG": [], "PNG": []}
+    for name, times in seconds.items():
+        large.save(content := io.BytesIO(), name)
+        for _ in range(7):
+            started = time.perf_counter()
+            q1_baseline.classify(model, *q1_baseline.prepare_photo(q1_baseline.read_photo(content)))
+            times.append(time.perf_counter() - started)
+    return {**found, "seconds for 12 megapixels": {name: median(times) for name, times in seconds.items()}}
 
 
 def measure_faults(_, count=32):

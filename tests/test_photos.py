@@ -35,7 +35,7 @@ def digits():
 def trained(mnist_folder, tmp_path_factory):
     """A folder with a network for photos, trained on 880 synthetic digits at the first --predict, and its options."""
     folder = tmp_path_factory.mktemp("trained")
-    options = f"--out-dir {folder} --data-dir {mnist_folder} --epochs 6 --batch-size 16 --precision fp32 --workers 1"
+    options = f"--out-dir {folder} --data-dir {mnist_folder} --epochs 4 --batch-size 16 --precision fp32 --workers 1"
     photo = write_photo(folder / "first.png", common.draw_digits(1, seed=3)[0][0])
     with pytest.raises(SystemExit) as end:
         q1_baseline.main([*options.split(), "--predict", str(photo)])
@@ -125,10 +125,10 @@ def test_digits_of_every_kind_are_found(kind, digits):
     """As many as there are; the right ones, which takes a network, in the slow test below."""
     generator = torch.Generator().manual_seed(1)
     found = 0
-    for content, expected in make_photos(kind, digits, 4, generator):
+    for content, expected in make_photos(kind, digits, 3, generator):
         images, _ = prepare(io.BytesIO(content))
         found += len(images) == len(expected)
-    assert found >= 3
+    assert found >= 2
 
 
 @pytest.mark.slow
@@ -241,15 +241,33 @@ def test_digits_in_a_line_are_read_from_left_to_right(trained, digits, tmp_path,
     assert text.partition(" (")[0].replace(" ", "").isdigit() and text.count("%") == 4
 
 
+def test_digits_half_a_stroke_apart_are_two_and_a_broken_one_is_one(tmp_path):
+    sheet = Image.new("L", (500, 400), 255)
+    pen = ImageDraw.Draw(sheet)
+    for left in (100, 230):
+        pen.ellipse((left, 100, left + 120, 260), outline=0, width=20)
+    sheet.save(tmp_path / "two.png")
+    assert len(prepare(tmp_path / "two.png")[0]) == 2
+    pen.rectangle((225, 0, 500, 400), fill=255)
+    pen.line([(90, 175), (240, 175)], fill=255, width=8)
+    sheet.save(tmp_path / "broken.png")
+    assert len(prepare(tmp_path / "broken.png")[0]) == 1
+
+
 def test_doubts_are_shown_with_what_to_do(trained, digits, tmp_path, capsys):
     image = digits[0][0]
-    blank, tiny, cut, lines = (tmp_path / f"{name}.png" for name in ("blank", "tiny", "cut", "lines"))
+    names = "blank", "tiny", "cut", "lines", "frame"
+    blank, tiny, cut, lines, frame = (tmp_path / f"{name}.png" for name in names)
     Image.new("L", (200, 200), 200).save(blank)
     Image.open(write_photo(tmp_path / "large.png", image)).resize((9, 9)).save(tiny)
     Image.open(tmp_path / "large.png").crop((60, 60, 220, 220)).save(cut)
     paste(lines, digits[0][:2], [(100, 10, 6), (100, 200, 6)])
-    words = "no digit stands out", "less than ten pixels high", "touches two borders", "more than one line"
-    assert predict(trained, blank, tiny, cut, lines) == 0
+    with Image.open(paste(frame, digits[0][:1], [(310, 60, 10)])) as sheet:  # open below; the digit is joined to it
+        ImageDraw.Draw(sheet).line([(300, 380), (300, 20), (600, 20), (600, 380)], fill=0, width=12)
+        ImageDraw.Draw(sheet).line([(300, 200), (450, 200)], fill=0, width=12)
+        sheet.save(frame)
+    words = "no digit stands out", "less than ten pixels high", "touches two borders", "more than one line", "a frame"
+    assert predict(trained, blank, tiny, cut, lines, frame) == 0
     out, err = capsys.readouterr()
     assert not err and len(out.splitlines()) == len(words)
     for line, word in zip(out.splitlines(), words, strict=True):
