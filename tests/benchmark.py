@@ -335,7 +335,7 @@ def save_board(model):
     figure.savefig(ROOT / "q1_baseline_board.png", dpi=100, metadata={"Software": None})
 
 
-def measure_photos(data_dir, count=200):
+def measure_photos(data_dir, count=150):
     """Digits read correctly, in percent, by kind of photo (tests/photos.py, made of MNIST test images), by the network
     for photos and by the best baseline that q1_baseline.py has left; how many of the photos without a doubt and with a
     probability of 99 % are read wrongly; the mixture merely resized; and seconds for a photo of 12 megapixels."""
