@@ -131,7 +131,7 @@ def check_course(model: nn.Module, history, updates: list, classes: int, optimiz
     # PyTorch's default weights, uniform within 1 / sqrt(inputs) of 0, have the length sqrt(units / 3).
     usual = [math.sqrt(shape[0] / 3) if len(shape) > 1 else 0 for shape in shapes]
     # Weights that start too small grow to about that length, with a learning rate too high they grow far beyond it.
-    small = [i for i in layers if start[i] < 0.03 * usual[i]]  # 0.95; 0.001
+    small = [i for i in layers if start[i] < 0.03 * usual[i]]  # 0.05, Q3's "small normal"; 0.001
     excess = max([end[i] / max(start[i], usual[i]) for i in layers], default=1)
     return {
         "gradients not reset": any(gradient.any() for gradient in gradients),

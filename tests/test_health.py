@@ -130,7 +130,7 @@ def test_lengths_of_updates_show_decay_small_starts_and_small_steps(trained):
         ((3.3, 1e6, 1e6), 2.3, ["learning rate too high"]),
         ((3.3, math.inf, math.inf), 2.3, ["learning rate too high"]),
         ((3.3, 1e3, 1e3), 0.1, []),  # BatchNorm makes the length of the weights before it irrelevant
-        ((3.3, 10.0, 10.0), 2.3, []),  # an usual training, that has not learned for another reason
+        ((3.3, 10.0, 10.0), 2.3, []),  # has not learned for another reason
         ((0.0033, 3.3, 3.3), 2.3, ["initial weights too small"]),
         ((0.0033, 1e3, 1e3), 2.3, ["learning rate too high", "initial weights too small"]),
         ((100.0, 300.0, 300.0), 2.3, []),  # long from the start
