@@ -143,7 +143,9 @@ def test_weights_that_blow_up_are_told_from_weights_that_started_small(lengths, 
     assert check(trained, history=history, recorder=recorder) == alarms
 
 
-@pytest.mark.parametrize("lr", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize(
+    "lr", [10.0, pytest.param(1.0, marks=pytest.mark.slow), pytest.param(100.0, marks=pytest.mark.slow)]
+)
 def test_first_alarm_of_sgd_with_a_learning_rate_too_high(lr, trained):
     model = healthy_network()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)

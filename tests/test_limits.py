@@ -71,6 +71,7 @@ def last_core():
 
 
 @needs_linux
+@pytest.mark.slow
 def test_cores_are_those_of_the_affinity_whatever_openmp_says(tmp_path):
     """A child with one core, OMP_NUM_THREADS=3 and bound threads."""
     only_one = partial(os.sched_setaffinity, 0, last_core())
@@ -155,9 +156,10 @@ if __name__ == "__main__":
 
 
 @needs_linux
-@pytest.mark.parametrize("count", [0, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("only", ["all", pytest.param("last", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("variable", ["OMP_PROC_BIND=true", pytest.param("OMP_PLACES=cores", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [0, 4])
+@pytest.mark.parametrize("only", ["all", "last"])
+@pytest.mark.parametrize("variable", ["OMP_PROC_BIND=true", "OMP_PLACES=cores"])
 def test_worker_processes_are_not_bound_to_one_core(variable, only, count, tmp_path):
     """They may use all cores that the user left to the first process (as `taskset` does)."""
     cores = os.sched_getaffinity(0) if only == "all" else last_core()

@@ -30,7 +30,7 @@ LABELS = {  # in README's tables: the script and the run whose accuracy stands b
     "variant5_under_10k.py": ("q2_variants/variant5_under_10k.py", "MnistNet_2 improved"),
     "variant6_fastest.py": ("q2_variants/variant6_fastest.py", "one epoch"),
     "variant8_most_accurate.py": ("q2_variants/variant8_most_accurate.py", "strided CNN"),
-    "fixed filters, 0.63 s of training": ("q2_variants/variant6_fastest.py", "one epoch"),
+    "fixed filters, trained for 0.63 s": ("q2_variants/variant6_fastest.py", "one epoch"),
     "strided CNN": ("q2_variants/variant8_most_accurate.py", "strided CNN"),
     "SharedCNN": ("q2_variants/variant7_smallest.py", "996 parameters"),
     "variant7_smallest.py": ("q2_variants/variant7_smallest.py", "996 parameters"),
@@ -92,8 +92,8 @@ def test_percentages_in_text_are_recorded_ones():
     found = {
         float(number) for pair in re.findall(r"([\d.]*\d) (?:± ([\d.]*\d) )?%", README) for number in pair if number
     }
-    standard_error = {99.3}  # of which the protocol speaks
-    assert found - recorded_numbers() - standard_error == set()
+    others = {99.3, 95.0}  # the protocol's accuracy with its standard error; a target of photos
+    assert found - recorded_numbers() - others == set()
 
 
 def test_seconds_of_the_fastest_recipes_are_the_recorded_ones():

@@ -176,6 +176,7 @@ def test_synthetic_digits_are_named_in_results_and_output(mnist_folder, tmp_path
 
 
 @needs_mnist
+@pytest.mark.slow
 def test_q1_learns_real_mnist(tmp_path):
     call_script("q1_baseline.py", "--limit 4000 --epochs 2 --only baseline", MNIST_DIR, tmp_path)
     found = json.loads((tmp_path / "q1_baseline.json").read_text())

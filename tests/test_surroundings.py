@@ -250,6 +250,7 @@ def test_D_labels_are_disputed_in_mnist_only(mnist_folder, tmp_path, monkeypatch
 
 # ---- F: one machine needs no network ---------------------------------------------------------------------------------
 @needs_proc
+@pytest.mark.slow
 def test_F_no_process_has_a_socket(mnist_folder, tmp_path):
     arguments = f"--data-dir {mnist_folder} --out-dir out --seeds 2 --workers 2 --epochs 3"
     environment = {**os.environ, "TROUBLE": "d wait"}
@@ -332,7 +333,8 @@ def test_H_training_goes_on_without_outputs(closed, workers, mnist_folder, tmp_p
 
 
 @needs_posix
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_H_training_goes_on_when_its_reader_goes_away(workers, mnist_folder, tmp_path):
     process = start_script(SCRIPT, small(mnist_folder, f"--workers {workers} --seeds 2"), tmp_path)
     process.stdout.readline()
@@ -413,7 +415,8 @@ class Rubbish(HangUp):
         self.wfile.write(b"<html>Please log in</html>")
 
 
-@pytest.mark.parametrize("handler", [HangUp, pytest.param(Rubbish, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("handler", [HangUp, Rubbish])
 def test_J_second_mirror_is_asked(handler, serve, mirror, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "DOWNLOAD", mirror.replace("mirrors = [", f"mirrors = [{serve(handler)!r}, ", 1))
     assert len(load(tmp_path / "data").train.labels) == 880
