@@ -193,7 +193,7 @@ def test_only_missing_files_are_downloaded(mirror, tmp_path, monkeypatch):
 NO_SERVER = "http://127.0.0.1:9/"  # a port at which no server listens
 
 
-@pytest.mark.parametrize("trouble", ["no server", "not the files", "too slow"])
+@pytest.mark.parametrize("trouble", ["no server", "not the files", pytest.param("too slow", marks=pytest.mark.slow)])
 def test_a_failed_download_leaves_nothing_and_says_why(trouble, serve, tmp_path, monkeypatch):
     handlers = {"not the files": partial(Quiet, directory=tmp_path), "too slow": Drip}
     address = serve(handlers[trouble]) if trouble in handlers else NO_SERVER

@@ -74,13 +74,9 @@ def test_script_leaves_its_log_its_results_and_its_plots(script, mnist_folder, t
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "script",
-    [
-        "q4_break/fail_high_lr.py",
-        pytest.param("q1_baseline.py", marks=pytest.mark.slow),
-        pytest.param("q2_variants/variant1_kernel_sizes.py", marks=pytest.mark.slow),
-    ],
+    "script", ["q1_baseline.py", "q2_variants/variant1_kernel_sizes.py", "q4_break/fail_high_lr.py"]
 )
 def test_script_runs_from_another_folder(script, mnist_folder, tmp_path):
     """One of each folder, in a process of its own."""

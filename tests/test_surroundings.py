@@ -422,6 +422,7 @@ def test_J_second_mirror_is_asked(handler, serve, mirror, tmp_path, monkeypatch)
     assert len(load(tmp_path / "data").train.labels) == 880
 
 
+@pytest.mark.slow
 def test_J_the_reason_of_every_mirror_is_shown(serve, tmp_path, monkeypatch):
     addresses = [serve(HangUp), serve(Rubbish)]
     monkeypatch.setattr(common, "DOWNLOAD", downloads_from(addresses))
