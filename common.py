@@ -723,7 +723,7 @@ def load_checkpoint(path: Path, fingerprint: dict) -> dict:
 
 # ---- Runs: what is to be trained, and what is left of it -------------------------------------------------------------
 class Run(NamedTuple):
-    """One training. Of the configuration the engine itself reads "epochs" and "images", the first N to train on."""
+    """One training. Of the configuration the engine itself uses "epochs" and "images", the first N to train on."""
 
     name: str
     config: dict  # flat, says everything

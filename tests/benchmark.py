@@ -413,7 +413,7 @@ KINDS = {  # what goes wrong, and the tests of it: a file, and how their names g
     "I: a foreseeable mistake ends in a traceback": ("surroundings", "I_"),
     "J: a failed download hides its reason": ("surroundings", "J_"),
     "K: isolated Python does not find common.py": ("surroundings", "K_"),
-    "L: unusual formats of photos are misread": ("photos", ".*(format|depth|deep_pixels|bad_photos)"),
+    "L: unusual formats of photos are decoded wrongly": ("photos", ".*(format|depth|deep_pixels|bad_photos)"),
     "M: warnings of libraries reach the user": ("surroundings", "M_"),
     "N: a learning rate far too high has another name": ("health", ".*(learning_rate|blow_up)"),
 }
