@@ -140,6 +140,24 @@ class Output:
             self.stream.flush()
 
 
+def agree_on_start(store) -> str:
+    """A name that all ranks of this start share, and none of an earlier one: torchrun starts ranks again, but its store
+    keeps what the dead ones wrote. Each rank has a token; the first rank shows them until all have seen its own."""
+    token = os.urandom(8).hex()
+    store.set(f"token {RANK}", token)
+    if RANK == 0:
+        while not all(store.check([f"{rank} has seen {token}"]) for rank in range(1, WORLD)):
+            store.set("tokens", json.dumps([store.get(f"token {rank}").decode() for rank in range(WORLD)]))
+            time.sleep(0.1)
+        return token
+    tokens = []
+    while token not in tokens:  # else they are those of an earlier start
+        tokens = json.loads(store.get("tokens"))
+        time.sleep(0.1)
+    store.set(f"{RANK} has seen {tokens[0]}", "")
+    return tokens[0]
+
+
 def gather(value) -> list:
     """The values of all of torchrun's ranks, when all have come here; [value] without torchrun."""
     if WORLD == 1:
@@ -148,13 +166,13 @@ def gather(value) -> list:
     try:
         if not distributed.is_initialized():
             store, *_ = next(distributed.rendezvous("env://", RANK, WORLD))
-            generation = (store.add("starts", 1) - 1) // WORLD  # torchrun restarts all ranks, but its store stays
-            store = distributed.PrefixStore(f"generation {generation}", store)
             forever = timedelta(days=30)  # one rank may train long after another
+            store.set_timeout(forever)
+            store = distributed.PrefixStore(agree_on_start(store), store)
             distributed.init_process_group("gloo", store=store, rank=RANK, world_size=WORLD, timeout=forever)
         distributed.all_gather_object(values, value)
-    except RuntimeError:
-        sys.exit("another of torchrun's ranks has ended; --resume continues")
+    except RuntimeError as error:
+        sys.exit(f"another of torchrun's ranks has ended ({in_a_line(error)}); --resume continues")
     return values
 
 
@@ -172,7 +190,8 @@ def write_file(path, content: bytes):
     except OSError as error:
         sys.exit(f"cannot write {path}: {error.strerror}")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     for other in path.parent.glob(f".*{PARTIAL}"):
         with contextlib.suppress(OSError):  # another process removes it, too
             if path.stat().st_mtime - other.stat().st_mtime > 60:  # its process was killed
@@ -257,6 +276,8 @@ def parse_args(script, doc, runs, argv=None, *, seeds=1, options=None, **default
     if args.device not in devices:
         parser.error(f"--device {args.device}: not here; there is {', '.join(devices)}")
     args.device = torch.device(args.device, LOCAL_RANK if TORCHRUN and args.device == "cuda" else None)
+    if args.device.index is not None:
+        torch.cuda.set_device(args.device)  # whose random numbers are saved and restored
     native = "bf16" if has_native_bf16(args.device) else "fp32"
     args.precision = native if args.precision == "auto" else args.precision
     args.workers = args.workers or (CORES if args.device.type == "cpu" and not TORCHRUN else 1)  # a rank is a worker
@@ -383,8 +404,10 @@ def read_mnist(data_dir: Path) -> tuple:
 def refuse_near_miss(data_dir: Path, missing: list[str]):
     """Raises ValueError, with advice, if what is missing lies in another folder or under another name."""
     for folder in (data_dir, data_dir / "raw", data_dir / "MNIST", data_dir / "MNIST" / "raw"):
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder")
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder, or a link to nothing")
+        if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+            raise ValueError(f"{folder} cannot be read: Permission denied")
         for name in missing:
             for other in (name, name.replace("-idx", ".idx")):
                 if (folder / other).exists():
@@ -735,6 +758,7 @@ class Run(NamedTuple):
     parameters: int = 0
     scores: dict = {}  # its entry in the results file
     test_logits: Tensor | None = None  # (10000, 10)
+    layers: str = ""  # of the network that was trained
 
     def __str__(self):
         return f"{self.name}, seed {self.seed}"
@@ -777,7 +801,7 @@ def list_unfinished(runs: list[Run], args) -> list[Run]:
             left.append(run)
         elif run.checkpoint.exists():
             threads = load_checkpoint(run.checkpoint, run.fingerprint)["threads"]  # with them it ends bit-identical
-            left.append(run if args.threads else run._replace(threads=threads))
+            left.append(run if args.threads else run._replace(threads=min(threads, usable_cores())))
         elif run.path.exists():
             load_checkpoint(run.path, run.fingerprint)  # refuses now, not after the training
         else:
@@ -785,14 +809,22 @@ def list_unfinished(runs: list[Run], args) -> list[Run]:
     return left
 
 
-def load_result(run: Run) -> Run:
-    state = load_checkpoint(run.path if run.path.exists() else run.checkpoint, run.fingerprint)
-    return run._replace(threads=state["threads"], history=History(**state["history"]), **state.get("result", {}))
+def load_result(run: Run, path: Path) -> Run:
+    """The run with what one of its two files holds."""
+    state = load_checkpoint(path, run.fingerprint)
+    outcome = {"threads": state["threads"], "layers": state["fingerprint"]["layers"], **state.get("result", {})}
+    return run._replace(history=History(**state["history"]), **outcome)
 
 
-def load_results(runs) -> dict[str, list[Run]]:
-    """By name, in the order of `runs`."""
-    return {name: [load_result(run) for run in group] for name, group in itertools.groupby(runs, lambda run: run.name)}
+def load_results(runs: list[Run]) -> dict[str, list[Run]]:
+    """By name, in the order of `runs`. Seeds of different networks have no mean: they end the program."""
+    results = {}
+    for run in runs:
+        results.setdefault(run.name, []).append(load_result(run, run.path))
+    for name, group in results.items():
+        if len({run.layers for run in group}) > 1:
+            sys.exit(f"cannot resume: seeds of {name} are of different networks; run without --resume")
+    return results
 
 
 # ---- Engine: all runs side by side, each scored on the test split once -----------------------------------------------
@@ -809,7 +841,8 @@ def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> 
     folder = runs[0].path.parent
     try:  # now, not after the first epoch
         folder.mkdir(exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            started = os.fstat(file.fileno()).st_mtime  # by the clock of the folder's machine
     except OSError as error:
         sys.exit(f"cannot write in {folder}: {error.strerror}; give another --out-dir")
     if args.resume and not any(folder.glob("*.pt")):
@@ -819,12 +852,9 @@ def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> 
     how = f"{workers} at a time, {runs[0].threads} thread(s) each, {args.device.type}, {args.precision}"
     print(f"{data.name}: {len(left)} of {len(share)} runs to train, {how}", flush=True)
     try:
-        failures = train_runs(train, data, left, workers)
+        failures = list(itertools.chain(*gather(train_runs(train, data, left, workers))))
     except KeyboardInterrupt:
-        report_interrupted(
-            load_results(run for run in share if run.path.exists() or run.checkpoint.exists()), args, data
-        )
-    failures = list(itertools.chain(*gather(failures)))
+        report_interrupted(runs, args, data, 0 if args.resume or RESTARTS else started)
     if failures:
         message = f"{len(failures)} of {len(runs)} runs failed, no results are reported: {'; '.join(failures)}"
         sys.exit(1 if RANK else message)
@@ -849,7 +879,7 @@ def train_runs(train, data: Dataset, runs: list[Run], workers: int) -> list[str]
                 failures.append(f"{run}: {failure}")
                 show(0, f"FAILED: {run}: {failure}")
                 continue
-            result = load_result(run)
+            result = load_result(run, run.path)
             bar.total -= sizes[run.path] * (1 - len(result.history.rows) / run.config["epochs"])  # it stopped early
             accuracies = [f"{key} {value:.2f} %" for key, value in result.scores.items() if "accuracy" in key]
             show(0, f"{run}: {', '.join(accuracies)}")
@@ -887,7 +917,8 @@ def train_run(train, data: Dataset, run: Run, show) -> str:
     scores = {"seed": run.seed, **tested, "val_accuracy": history.val_accuracy, **course, "seconds": seconds}
     result = {"parameters": count_parameters(model), "scores": {**scores, "health": history.health}}
     kept = {"history": asdict(history), "best": model.state_dict()}
-    save_checkpoint(run.path, run.fingerprint, result={**result, "test_logits": logits}, **kept)
+    fingerprint = {**run.fingerprint, "layers": repr(model)}
+    save_checkpoint(run.path, fingerprint, result={**result, "test_logits": logits}, **kept)
     run.checkpoint.unlink(missing_ok=True)
     return ""
 
@@ -902,6 +933,9 @@ def train_in_processes(train, data: Dataset, runs: list[Run], workers: int, show
     with ProcessPoolExecutor(workers, context, start_worker, (train, data, messages)) as pool:
         try:
             left = {pool.submit(train_in_worker, run): run for run in runs}
+        except KeyboardInterrupt:
+            end_workers()
+            raise
         except Exception as error:  # no shared memory (/dev/shm), no process or file left, or a debugger's `train`
             end_workers()
             print(f"worker processes cannot start ({in_a_line(error)}); --workers 1 needs none", file=sys.stderr)
@@ -915,7 +949,7 @@ def train_in_processes(train, data: Dataset, runs: list[Run], workers: int, show
                     yield left.pop(future), future.result()
         except BrokenProcessPool:
             advice = "--workers 1 needs about 1 GB (variant 8: 3 GB); --resume continues"
-            sys.exit(f"a worker process was killed, probably out of memory; {advice}")
+            sys.exit(f"a worker process ended without a result, probably out of memory; {advice}")
         except BaseException:  # Ctrl-C, or a full disk
             end_workers()
             raise
@@ -985,11 +1019,18 @@ def report(results: dict[str, list[Run]], args, data: Dataset, plots: dict[str, 
         sys.exit(f"training diverged: {', '.join(unexpected)}; a lower --lr may help")
 
 
-def report_interrupted(results: dict[str, list[Run]], args, data: Dataset):
-    """Write log and curves of the epochs so far, and end the program."""
+def report_interrupted(runs: list[Run], args, data: Dataset, started: float):
+    """Write log and curves of the epochs so far, of this start and what it resumed, and end the program."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C
-    begun = {name: [result for result in group if result.history.rows] for name, group in results.items()}
-    if begun := {name: group for name, group in begun.items() if group}:
+    begun = {}
+    for run in runs if RANK == 0 else []:
+        finished = run.path.exists() and run.path.stat().st_mtime >= started
+        path = run.checkpoint if run.checkpoint.exists() else run.path
+        if run.checkpoint.exists() or finished:
+            result = load_result(run, path)
+            if result.history.rows:
+                begun.setdefault(run.name, []).append(result)
+    if begun:
         write_log(f"{args.stem}.csv", begun)
         save_plot(f"{args.stem}_curves.png", "Interrupted: the epochs so far", data.name, plot_curves, begun)
     print(f"interrupted; --resume continues what is in {args.stem}_runs", flush=True)

@@ -125,6 +125,15 @@ def children_of(pid):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("early", [0, 1])
+def test_rank_that_dies_before_it_meets_the_others_is_started_again(early, finished, mnist_folder, tmp_path):
+    start = "--standalone", "--nproc-per-node=2", "--max-restarts=2"
+    process = torchrun(arguments_for(mnist_folder, ""), tmp_path, *start, EARLY=str(early))
+    assert process.wait(120) == 0, (tmp_path / "log").read_text()
+    assert_identical(finished, tmp_path / "out", STEM)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_two_nodes_whose_rank_is_killed_end_bit_identical(rendezvous, finished, mnist_folder, tmp_path):
@@ -274,6 +283,44 @@ def test_malicious_checkpoint_is_not_executed(mnist_folder, tmp_path, monkeypatc
     with pytest.raises(SystemExit, match="^cannot resume: .*not a checkpoint of this project$"):
         engine_script.main(f"--data-dir {mnist_folder} --out-dir {tmp_path} --workers 1 --only a --resume".split())
     assert not Path("executed").exists()
+
+
+def test_interrupted_fresh_start_does_not_show_an_older_one(mnist_folder, tmp_path, monkeypatch):
+    arguments = f"--data-dir {mnist_folder} --out-dir {tmp_path} --workers 1".split()
+    engine_script.main(arguments)
+    for path in (tmp_path / f"{STEM}_runs").iterdir():
+        os.utime(path, (0, 0))
+    monkeypatch.setenv("TROUBLE", "b interrupt")
+    with pytest.raises(SystemExit) as end:
+        engine_script.main(arguments)
+    log = (tmp_path / f"{STEM}.csv").read_text().splitlines()[1:]
+    assert end.value.code == 130 and [line[0] for line in log] == ["a", "a", "a", "b"]
+
+
+def test_seeds_of_different_networks_have_no_mean(mnist_folder, tmp_path, monkeypatch):
+    """As when a script was edited between a start and its --resume."""
+    arguments = f"--data-dir {mnist_folder} --out-dir {tmp_path} --workers 1 --epochs 1 --only a"
+    engine_script.main(arguments.split())
+    monkeypatch.setattr(engine_script.nn, "ReLU", torch.nn.Tanh)
+    with pytest.raises(SystemExit, match="^cannot resume: seeds of a are of different networks; run without --resume$"):
+        engine_script.main(f"{arguments} --seeds 2 --resume".split())
+
+
+def test_interrupt_while_workers_start_ends_the_program(mnist_folder, tmp_path, monkeypatch):
+    submit = common.ProcessPoolExecutor.submit
+    submitted = []
+
+    def interrupt_third(*arguments):
+        submitted.append(arguments)
+        if len(submitted) == 3:
+            raise KeyboardInterrupt
+        return submit(*arguments)
+
+    monkeypatch.setattr(common.ProcessPoolExecutor, "submit", interrupt_third)
+    started = time.monotonic()
+    with pytest.raises(SystemExit) as end:
+        engine_script.main(f"--data-dir {mnist_folder} --out-dir {tmp_path} --workers 2 --epochs 500".split())
+    assert end.value.code == 130 and time.monotonic() - started < 30
 
 
 def test_resume_without_a_checkpoint_starts_afresh_and_says_so(mnist_folder, tmp_path, capsys):

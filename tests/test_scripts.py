@@ -217,6 +217,7 @@ def test_missing_device_is_one_line(monkeypatch, capsys):
 def test_each_of_torchruns_ranks_has_a_gpu_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(common, "available_devices", lambda: ["cuda", "cpu"])
     monkeypatch.setattr(common, "has_native_bf16", lambda device: True)
+    used = []
 
     def device(*options):
         return common.parse_args(q1_baseline.__file__, "", {}, ["--out-dir", str(tmp_path), *options]).device
@@ -224,7 +225,9 @@ def test_each_of_torchruns_ranks_has_a_gpu_of_its_own(monkeypatch, tmp_path):
     assert device() == torch.device("cuda")
     monkeypatch.setattr(common, "TORCHRUN", True)
     monkeypatch.setattr(common, "LOCAL_RANK", 3)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
     assert device() == torch.device("cuda", 3) and device("--device", "cpu") == torch.device("cpu")
+    assert used == [torch.device("cuda", 3)]
 
 
 def test_output_folder_is_tried_before_the_training(tmp_path, mnist_folder, capsys):
