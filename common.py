@@ -181,8 +181,11 @@ def in_a_line(error: Exception) -> str:
 
 
 def write_file(path, content: bytes):
-    """Write `path` atomically: after a kill there is the old file or the new one."""
+    """Write `path` atomically: after a kill there is the old file or the new one. Of torchrun's ranks only the first
+    one writes more than checkpoints."""
     path = Path(path)
+    if RANK and path.suffix != ".pt":
+        return
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}{PARTIAL}")
     try:
         temporary.write_bytes(content)
@@ -393,8 +396,10 @@ def read_mnist(data_dir: Path) -> tuple:
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != checksum:
             strange.append(name)
     for images, labels, name in zip(parts[::2], parts[1::2], list(MNIST_FILES)[::2], strict=True):
-        if len(images) != len(labels) or len(images) < VAL_SHARE:
+        if len(images) != len(labels):
             raise ValueError(f"{raw / name} and its labels differ: {len(images)} images, {len(labels)} labels")
+        if len(images) < VAL_SHARE:
+            raise ValueError(f"{raw / name} has {len(images)} images; {VAL_SHARE} are needed for a validation image")
     if strange:
         hint = "; its ones lie on their side, as in EMNIST, which is transposed" if is_transposed(*parts[:2]) else ""
         print(f"{raw}: MNIST has another {', '.join(strange)}, so this is called MNIST-like data{hint}")
@@ -734,13 +739,13 @@ def load_checkpoint(path: Path, fingerprint: dict) -> dict:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         saved = state["fingerprint"]
     except OSError as error:
-        sys.exit(f"cannot resume: cannot read {path}: {error.strerror}")
+        sys.exit(f"cannot read {path}: {error.strerror}")
     except Exception:  # torch and pickle raise many kinds
-        sys.exit(f"cannot resume: {path} is truncated or not a checkpoint of this project")
+        sys.exit(f"{path} is truncated or not a checkpoint of this project; delete it")
     for key, now in fingerprint.items():
         if saved.get(key) != now:
             difference = " ".join(f"{key} was {saved.get(key)}, is {now}".split())
-            sys.exit(f"cannot resume: {path} is of another configuration: {difference}")
+            sys.exit(f"{path} is of another configuration ({difference}); run without --resume")
     return state
 
 
@@ -754,11 +759,11 @@ class Run(NamedTuple):
     fingerprint: dict  # all that the result depends on, but for the threads
     threads: int
     path: Path  # of the result, once the run is finished
-    history: History | None = None  # these are there once the run is finished; when it was stopped, only the history
-    parameters: int = 0
-    scores: dict = {}  # its entry in the results file
+    history: History | None = None  # so far, if it was begun
+    layers: str = ""  # of the network that is trained
+    parameters: int = 0  # these three are there once the run is finished
+    scores: dict | None = None  # its entry in the results file
     test_logits: Tensor | None = None  # (10000, 10)
-    layers: str = ""  # of the network that was trained
 
     def __str__(self):
         return f"{self.name}, seed {self.seed}"
@@ -800,8 +805,9 @@ def list_unfinished(runs: list[Run], args) -> list[Run]:
                 run.path.unlink(missing_ok=True)
             left.append(run)
         elif run.checkpoint.exists():
-            threads = load_checkpoint(run.checkpoint, run.fingerprint)["threads"]  # with them it ends bit-identical
-            left.append(run if args.threads else run._replace(threads=min(threads, usable_cores())))
+            stopped = load_result(run, run.checkpoint)  # with its threads it ends bit-identical
+            threads = run.threads if args.threads else min(stopped.threads, usable_cores())
+            left.append(stopped._replace(threads=threads))
         elif run.path.exists():
             load_checkpoint(run.path, run.fingerprint)  # refuses now, not after the training
         else:
@@ -823,7 +829,7 @@ def load_results(runs: list[Run]) -> dict[str, list[Run]]:
         results.setdefault(run.name, []).append(load_result(run, run.path))
     for name, group in results.items():
         if len({run.layers for run in group}) > 1:
-            sys.exit(f"cannot resume: seeds of {name} are of different networks; run without --resume")
+            sys.exit(f"seeds of {name} are of different networks; run without --resume")
     return results
 
 
@@ -864,8 +870,10 @@ def run_all(train, args, data: Dataset, configs=None, seeds=None, test=True) -> 
 def train_runs(train, data: Dataset, runs: list[Run], workers: int) -> list[str]:
     """Train `runs`, with one progress bar; returns a line for each that failed."""
     failures = []
-    sizes = {run.path: run.config["epochs"] * len(data.train.labels[: run.config.get("images")]) for run in runs}
-    with tqdm(total=sum(sizes.values()), unit=" images", unit_scale=True, disable=None, leave=False) as bar:
+    sizes = {run.path: len(data.train.labels[: run.config.get("images")]) for run in runs}  # of an epoch
+    trained = {run.path: len(run.history.rows) if run.history else 0 for run in runs}
+    total = sum(sizes[run.path] * (run.config["epochs"] - trained[run.path]) for run in runs)
+    with tqdm(total=total, unit=" images", unit_scale=True, disable=None, leave=False) as bar:
 
         def show(images, line=""):
             bar.update(images)
@@ -880,7 +888,7 @@ def train_runs(train, data: Dataset, runs: list[Run], workers: int) -> list[str]
                 show(0, f"FAILED: {run}: {failure}")
                 continue
             result = load_result(run, run.path)
-            bar.total -= sizes[run.path] * (1 - len(result.history.rows) / run.config["epochs"])  # it stopped early
+            bar.total -= sizes[run.path] * (run.config["epochs"] - len(result.history.rows))  # it stopped early
             accuracies = [f"{key} {value:.2f} %" for key, value in result.scores.items() if "accuracy" in key]
             show(0, f"{run}: {', '.join(accuracies)}")
     return failures
@@ -925,9 +933,12 @@ def train_run(train, data: Dataset, run: Run, show) -> str:
 
 def train_in_processes(train, data: Dataset, runs: list[Run], workers: int, show):
     """Yield (run, what failed) as `workers` processes finish the runs; `show` gets their progress."""
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver" if NATIVE else "spawn")
     messages = context.SimpleQueue()
-    if NATIVE:  # no binding: it would put the first thread of each process on the same core
+    if NATIVE:
+        # Forked from a server that has imported what a training needs (optimizers import the compiler), the processes
+        # share its memory. Unbound: binding would put the first thread of each on the same core.
+        context.set_forkserver_preload(["common", "torch._dynamo"])
         os.sched_setaffinity(0, allowed_cores())  # the processes inherit it
         os.environ["OMP_PROC_BIND"] = "false"
     with ProcessPoolExecutor(workers, context, start_worker, (train, data, messages)) as pool:
@@ -1016,7 +1027,8 @@ def report(results: dict[str, list[Run]], args, data: Dataset, plots: dict[str, 
         save_plot(f"{args.stem}_{what}.png", title, data.name, plot, *arguments)
     diverged = [name for name, group in results.items() if any(result.history.diverged for result in group)]
     if unexpected := [name for name in diverged if name not in expected_to_diverge]:
-        sys.exit(f"training diverged: {', '.join(unexpected)}; a lower --lr may help")
+        message = f"training diverged: {', '.join(unexpected)}; a lower --lr may help"
+        sys.exit(1 if RANK else message)
 
 
 def report_interrupted(runs: list[Run], args, data: Dataset, started: float):

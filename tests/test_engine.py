@@ -266,7 +266,7 @@ def test_fresh_start_leaves_a_finished_run_to_another_start(mnist_folder, tmp_pa
 def test_checkpoints_of_other_runs_are_refused_in_one_line(change, words, mnist_folder, tmp_path):
     arguments = f"--data-dir {mnist_folder} --out-dir {tmp_path} --workers 1 --threads 1 --epochs 1 --only a"
     engine_script.main(arguments.split())
-    with pytest.raises(SystemExit, match=f"^cannot resume: .*a_seed0.pt is of another configuration: {words}"):
+    with pytest.raises(SystemExit, match=rf"a_seed0.pt is of another configuration \({words}"):
         engine_script.main(f"{arguments} {change} --resume".split())
 
 
@@ -280,7 +280,7 @@ def test_malicious_checkpoint_is_not_executed(mnist_folder, tmp_path, monkeypatc
     folder = tmp_path / f"{STEM}_runs"
     folder.mkdir()
     torch.save({"fingerprint": Malicious()}, folder / "a_seed0.pt")
-    with pytest.raises(SystemExit, match="^cannot resume: .*not a checkpoint of this project$"):
+    with pytest.raises(SystemExit, match="not a checkpoint of this project; delete it$"):
         engine_script.main(f"--data-dir {mnist_folder} --out-dir {tmp_path} --workers 1 --only a --resume".split())
     assert not Path("executed").exists()
 
@@ -302,7 +302,7 @@ def test_seeds_of_different_networks_have_no_mean(mnist_folder, tmp_path, monkey
     arguments = f"--data-dir {mnist_folder} --out-dir {tmp_path} --workers 1 --epochs 1 --only a"
     engine_script.main(arguments.split())
     monkeypatch.setattr(engine_script.nn, "ReLU", torch.nn.Tanh)
-    with pytest.raises(SystemExit, match="^cannot resume: seeds of a are of different networks; run without --resume$"):
+    with pytest.raises(SystemExit, match="^seeds of a are of different networks; run without --resume$"):
         engine_script.main(f"{arguments} --seeds 2 --resume".split())
 
 

@@ -368,7 +368,8 @@ def test_window_under_a_virtual_display(trained):
 def test_disputed_labels_are_marked(tiny):
     logits = torch.nn.functional.one_hot((tiny.test.labels + 1) % 10, 10).float()
     logits[3] *= 10  # the highest confidence
-    figure = q1_baseline.plot_mistakes(logits, tiny.test, disputed={3})
+    mistakes = q1_baseline.list_mistakes(logits.softmax(1).unsqueeze(0), tiny.test.labels)
+    figure = q1_baseline.plot_mistakes(mistakes, tiny.test, disputed={3})
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert sum("label disputed" in text for text in texts) == 1 and len(texts) == 40
     assert len(q1_baseline.DISPUTED) == 15

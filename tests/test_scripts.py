@@ -119,6 +119,32 @@ def test_confusions_are_counted_by_true_and_predicted_digit(capsys):
     assert q1_baseline.most_confused(counts) == [(3, 5, 2), (4, 9, 1)]
 
 
+def test_mistakes_of_several_networks_are_counted_by_hand(capsys):
+    labels = torch.tensor([3, 5, 7, 9])
+    probabilities = torch.full((3, 4, 10), 0.01)
+    answers = [[3, 6, 1, 9], [3, 6, 1, 4], [3, 6, 2, 9]]  # of three networks
+    for network, row in enumerate(answers):
+        for image, answer in enumerate(row):
+            probabilities[network, image, answer] = 0.91
+    probabilities[:, 1, 6] = 0.5  # still the largest
+    mistakes = q1_baseline.list_mistakes(probabilities, labels)
+    assert [mistake[:3] for mistake in mistakes] == [(2, 3, 1), (1, 3, 6), (3, 1, 4)]
+    assert [mistake[3] for mistake in mistakes] == pytest.approx([(0.91 + 0.91 + 0.01) / 3, 0.5, (0.91 + 0.02) / 3])
+    q1_baseline.print_agreement(probabilities, labels)
+    printed = capsys.readouterr().out
+    assert "1 in 1, 0 in 2, 2 in 3\n" in printed and "reaches 50.00 %" in printed
+
+
+def test_errors_are_counted_by_tenths_of_the_test_images():
+    wrong = torch.zeros(100, dtype=torch.bool)
+    wrong[[0, 1, 45, 99]] = True
+    figure = q1_baseline.plot_confusion(torch.eye(10, dtype=torch.int64), wrong, ("first half", "second half"))
+    bars = figure.axes[1].patches
+    assert [bar.get_height() for bar in bars] == [2, 0, 0, 0, 1, 0, 0, 0, 0, 1]
+    texts = [text.get_text() for text in figure.axes[1].texts]
+    assert "first half\n3 errors" in texts and "second half\n1 errors" in texts
+
+
 def test_errors_of_networks_and_of_their_ensemble():
     logits = torch.zeros(3, 4, 10)
     labels = torch.tensor([1, 2, 3, 4])
@@ -246,8 +272,10 @@ def test_single_image_is_enough(mnist_folder, tmp_path):
 
 
 def test_gallery_without_mistakes_is_empty(tiny, tmp_path):
-    logits = 100 * torch.nn.functional.one_hot(tiny.test.labels, 10).float()
-    common.save_plot(tmp_path / "mistakes.png", "no mistakes", "MNIST", q1_baseline.plot_mistakes, logits, tiny.test)
+    certain = torch.nn.functional.one_hot(tiny.test.labels, 10).float().unsqueeze(0)
+    mistakes = q1_baseline.list_mistakes(certain, tiny.test.labels)
+    assert mistakes == []
+    common.save_plot(tmp_path / "mistakes.png", "no mistakes", "MNIST", q1_baseline.plot_mistakes, [], tiny.test)
     assert (tmp_path / "mistakes.png").stat().st_size > 1000
 
 
