@@ -516,15 +516,35 @@ def advanced_combo_cnn(dropout: float = 0.5) -> nn.Sequential:
     return model
 
 
-def print_layers(model):
-    """Print a table of the layers of a chain with their output shapes, without the batch, and parameters."""
-    print(f"{'layer':<18} {'output shape':<14} {'parameters':>10}")
-    x = torch.zeros(2, 1, 28, 28)
-    for layer in model:
-        x = layer(x)
-        shape = " x ".join(map(str, x.shape[1:]))
-        print(f"{type(layer).__name__:<18} {shape:<14} {count_parameters(layer):>10,}")
-    print(f"{'total':<33} {count_parameters(model):>10,}\n")
+def print_layers(model: nn.Module):
+    """Print a table of the layers of a network for images (1, 28, 28), in the order of the forward pass: output shape,
+    without the batch; trainable parameters, once however often the layer is applied; and multiply-adds for an image,
+    at each application. One multiply-add is two floating-point operations. Functions are not layers: those without
+    parameters are not seen. Changes nothing in the network: a copy computes, in training mode.
+
+    Counters disagree: torchsummary 1.5.1 counts parameters at each application, torchinfo and thop once.
+    """
+    found = {}  # of each layer: output shape, applications, multiply-adds
+
+    def count(layer, inputs, output):
+        weight = getattr(layer, "weight", None)
+        products = output[0].numel() * weight[0].numel() if weight is not None and weight.dim() > 1 else 0
+        shape, times, before = found.get(layer, (output.shape[1:], 0, 0))
+        found[layer] = shape, times + 1, before + products
+
+    model = copy.deepcopy(model).train()
+    for layer in model.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(count)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # dropout draws
+        model(torch.zeros(2, 1, 28, 28))
+    print(f"{'layer':<18} {'output shape':<14} {'parameters':>10} {'multiply-adds':>14}")
+    for layer, (shape, times, products) in found.items():
+        name = type(layer).__name__ + (f", {times} times" if times > 1 else "")
+        shape = " x ".join(map(str, shape))
+        print(f"{name:<18} {shape:<14} {count_parameters(layer):>10,} {products:>14,}")
+    total = sum(products for *_, products in found.values())
+    print(f"{'total':<33} {count_parameters(model):>10,} {total:>14,}\n")
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -620,7 +640,11 @@ def fit(
     progress=print_progress,
 ) -> History:
     """Train `model` in place on data.train and leave in it the weights of its best epoch on data.val: the highest
-    accuracy and, among equals, the lowest loss. A loss that is not finite ends the training, as `diverged`."""
+    accuracy and, among equals, the lowest loss. A loss that is not finite ends the training, as `diverged`.
+
+    No check sees these: a network whose memory format changes after the first step of a fused optimizer on a CPU (each
+    weight gets another's momentum; torch 2.14), and a one-cycle schedule of fewer steps than the training.
+    """
     epochs, batch_size, patience = config["epochs"], config["batch_size"], config.get("patience") or config["epochs"]
     shuffle_rng = torch.Generator().manual_seed(seed)
     augment_rng = torch.Generator(data.train.labels.device).manual_seed(seed)
@@ -712,6 +736,13 @@ def restore_training(path: Path, fingerprint: dict, parts: dict, rngs: dict, his
     state = load_checkpoint(path, fingerprint)
     for name, part in parts.items():
         part.load_state_dict(state[name])
+    for parameter, moments in parts["optimizer"].state.items():
+        for (
+            name,
+            moment,
+        ) in moments.items():  # fused optimizers take for granted that it lies in memory as its parameter
+            if torch.is_tensor(moment) and moment.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
     for name, rng in rngs.items():
         rng.set_state(state[name])
     rng_module(parts["model"]).set_rng_state(state["rng"])

@@ -197,6 +197,8 @@ def plot_frontier(results):
 def main(argv=None):
     args = common.parse_args(__file__, __doc__, RUNS, argv, precision="fp32")
     data = common.load_data(args)
+    for config in args.runs.values():
+        common.print_layers(SharedCNN(config["channels"], config["narrow"]))
     results = common.run_all(train, args, data)
 
     name, group = next(iter(results.items()))

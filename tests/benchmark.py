@@ -4,8 +4,9 @@
     python tests/benchmark.py --only training    one of them
 
 The ways to train take turns, and the medians of their ratios are what counts: machines differ and are noisy. Parts
-`workers`, `assignment`, `health`, `synthetic` and `photos` need MNIST in --data-dir, MNIST_DIR or data/, `photos` also
-a network that q1_baseline.py has trained.
+`workers`, `assignment`, `health`, `synthetic`, `photos`, `test split`, `preprocessing` and `writers` need MNIST in
+--data-dir, MNIST_DIR or data/, `photos` also a network that q1_baseline.py has trained, `writers` QMNIST's label files
+in QMNIST/raw.
 Writes benchmark.json and benchmark_digits.png beside itself, and q1_baseline_board.png.
 """
 
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 
 ENVIRONMENT = dict(os.environ)  # for other processes; conftest limits the threads of tests
 
+import facts
 import faults
 from conftest import ROOT, SCRIPTS, load, write_mnist
 
@@ -445,6 +447,9 @@ def main():
         "start": measure_start,
         "synthetic": measure_synthetic,
         "photos": measure_photos,
+        "test split": facts.measure_test_split,
+        "preprocessing": facts.measure_preprocessing,
+        "writers": facts.measure_writers,
         "faults": measure_faults,
         "surroundings": measure_surroundings,
     }

@@ -1,5 +1,6 @@
 """Networks against the published tables of layers; augmentation against torchvision."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -140,12 +141,53 @@ def test_full_matrix_adam_needs_no_axes():
     assert minimum(partial(variant7.FullMatrixAdam, lr=0.03, period=1_000, decay=0.5)) > 10 * ours
 
 
-def test_table_of_layers_shows_shapes_and_parameters(capsys):
-    print_layers(baseline_cnn())
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line]
-    assert rows[1] == ["Conv2d", "32", "x", "28", "x", "28", "320"]
-    assert rows[2] == ["MaxPool2d", "32", "x", "14", "x", "14", "0"]
-    assert rows[8] == ["Linear", "128", "401,536"] and rows[-1] == ["total", "421,642"]
+def table_of_layers(model, capsys):
+    print_layers(model)
+    return [line.split() for line in capsys.readouterr().out.splitlines() if line]
+
+
+def test_table_of_layers_agrees_with_a_count_by_hand(capsys):
+    rows = table_of_layers(baseline_cnn(), capsys)
+    convolutions = 28 * 28 * 32 * 9, 14 * 14 * 64 * 32 * 9
+    linear = 3136 * 128, 128 * 10
+    assert rows[1] == ["Conv2d", "32", "x", "28", "x", "28", "320", f"{convolutions[0]:,}"]
+    assert rows[2] == ["MaxPool2d", "32", "x", "14", "x", "14", "0", "0"]
+    assert rows[8] == ["Linear", "128", "401,536", f"{linear[0]:,}"]
+    assert rows[-1] == ["total", "421,642", f"{sum(convolutions) + sum(linear):,}"]
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 16, 3, padding=1)
+        self.shared = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, images):
+        x = self.first(images)
+        for _ in range(6):
+            x = self.shared(x)
+        return x
+
+
+def test_shared_layer_has_its_parameters_once_and_its_products_at_each_application(capsys):
+    rows = table_of_layers(Shared(), capsys)
+    products = 28 * 28 * 16 * 16 * 9
+    assert rows[2] == ["Conv2d,", "6", "times", "16", "x", "28", "x", "28", "2,320", f"{6 * products:,}"]
+    assert rows[-1] == ["total", f"{160 + 2320:,}", f"{28 * 28 * 16 * 9 + 6 * products:,}"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_table_of_layers_changes_nothing(training, capsys):
+    model = advanced_combo_cnn().train(training)  # with BatchNorm and dropout
+    model[-1].eval()
+    before = copy.deepcopy(model)
+    state = torch.random.get_rng_state()
+    print_layers(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [layer.training for layer in model.modules()] == [layer.training for layer in before.modules()]
+    for after, kept in zip(model.state_dict().values(), before.state_dict().values(), strict=True):
+        assert torch.equal(after, kept)
+    assert not any(layer._forward_hooks for layer in model.modules())
 
 
 def test_pooling_before_relu_is_the_published_function():

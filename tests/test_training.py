@@ -201,6 +201,29 @@ def test_resuming_a_finished_run_trains_no_further(tiny, tmp_path):
         assert same(first, train(tiny, **options))
 
 
+def test_checkpoint_of_another_memory_format_keeps_each_weights_momentum(tiny, tmp_path):
+    """A fused optimizer reads its state in the order of the memory, whatever the strides are."""
+
+    def conv_net(memory_format):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2), nn.Flatten())
+        model = model.append(nn.Linear(576, 10)).to(memory_format=memory_format)
+        return model, torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
+
+    def weights(epochs, memory_format, path):
+        model, optimizer = conv_net(memory_format)
+        config = {"epochs": epochs, "batch_size": 64}
+        common.fit(model, tiny, optimizer, config, keep_last=True, checkpoint=path)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    contiguous, channels_last = torch.contiguous_format, torch.channels_last
+    weights(2, contiguous, tmp_path / "c.pt")
+    resumed = weights(4, channels_last, tmp_path / "c.pt")
+    start = weights(2, contiguous, tmp_path / "other.pt")
+    never_stopped = weights(4, contiguous, tmp_path / "third.pt")
+    assert (resumed - never_stopped).norm() < 0.01 * (never_stopped - start).norm()
+
+
 PIECES = ["model", "optimizer", "scheduler", "shuffle_rng", "augment_rng", "rng", "best", "history"]
 
 
