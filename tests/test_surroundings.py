@@ -6,6 +6,7 @@ E (limits of the machine), L (photos) and N (diagnosis) are tests of test_limits
 """
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -325,7 +326,7 @@ def test_G_a_process_that_cannot_start_is_one_line(mnist_folder, tmp_path, monke
     def refuse(process):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(torch.multiprocessing.get_context("spawn").Process, "start", refuse)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
     arguments = f"--data-dir {mnist_folder} --out-dir {tmp_path} --epochs 1 --seeds 2 --workers 2".split()
     with pytest.raises(SystemExit) as end:
         engine_script.main(arguments)
