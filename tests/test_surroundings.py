@@ -20,7 +20,6 @@ from pathlib import Path
 import engine_script
 import numpy as np
 import pytest
-import torch
 from conftest import (
     MNIST_DIR,
     ROOT,
