@@ -1040,10 +1040,12 @@ def format_accuracy(values: list[float]) -> str:
 
 
 def summarize(results: dict[str, list[Run]]) -> str:
-    """The test accuracy of all runs, for a title."""
-    texts = [f"{name} {format_accuracy(test_accuracies(group))}" for name, group in results.items()]
-    count = len(next(iter(results.values())))
-    return f"Test accuracy: {'; '.join(texts)} ({count}\xa0seed{'s' if count > 1 else ''})"
+    """The best test accuracy and the worst, for a title."""
+    ranked = sorted(results, key=lambda name: statistics.fmean(test_accuracies(results[name])), reverse=True)
+    names = ranked if len(ranked) == 1 else [ranked[0], ranked[-1]]
+    texts = [f"{format_accuracy(test_accuracies(results[name]))} with {name}" for name in names]
+    count = len(results[ranked[0]])
+    return f"Test accuracy is {', '.join(texts)} ({count}\xa0seed{'s' if count > 1 else ''})"
 
 
 def report(results: dict[str, list[Run]], args, data: Dataset, plots: dict[str, tuple], expected_to_diverge=()):
@@ -1180,7 +1182,8 @@ def label_ends(axes, ends: list[tuple]):
     up = 1 if sum(height - axes.bbox.intervaly.mean() for height, _ in placed) < 0 else -1
     free = -math.inf
     for height, (_, y, text, color) in sorted(placed, reverse=up < 0):
-        text = textwrap.fill(text.replace(" ", "\xa0").replace(",\xa0", ", "), 30)  # break after commas
+        text = re.sub("(?<![,:]) ", "\xa0", text)  # breaks after commas and colons
+        text = textwrap.fill(text, 30)
         half = 9 * (1 + text.count("\n"))
         free = max(up * height, free + half) + half
         offset = 10, up * (free - half) - height
@@ -1189,7 +1192,7 @@ def label_ends(axes, ends: list[tuple]):
 
 def plot_curves(results: dict[str, list[Run]]):
     """Loss and accuracy by epoch, dashed of training: the mean over the seeds that are still training, in the band from
-    the least to the greatest."""
+    the least to the greatest. At the ends of the lines stands the test accuracy, once it is known."""
     figure = new_figure(12, 5)
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         axes.set_yscale("linear" if quantity == "accuracy" else "log")
@@ -1206,8 +1209,11 @@ def plot_curves(results: dict[str, list[Run]]):
                 best = [run.history.best_epoch for run in group]
                 kept = [line[epoch - 1] for line, epoch in zip(lines, best, strict=True)]
                 axes.plot(best, kept, MARKERS[i % len(MARKERS)], fillstyle="none", color=color)
+                text = name
+                if quantity == "accuracy" and all(run.scores and "test_accuracy" in run.scores for run in group):
+                    text = f"{name}: test {format_accuracy(test_accuracies(group))}"
                 if math.isfinite(means[-1]):
-                    ends.append((len(means), means[-1], name, color))
+                    ends.append((len(means), means[-1], text, color))
         if quantity == "accuracy":
             accuracy_axis(axes)
         axes.set(xlabel="epoch", ylabel="accuracy (%)" if quantity == "accuracy" else "loss (cross-entropy, nats)")

@@ -129,7 +129,12 @@ def main(argv=None):
     data = common.load_data(args)
     results = common.run_all(train, args, data)
 
-    plots = {"curves": (common.summarize(results), common.plot_curves, results)}
+    title = common.summarize(results)
+    if len(results) == len(RUNS):
+        names = "constant, no dropout", "constant + noise, no dropout"
+        equal, noise = (common.format_accuracy(common.test_accuracies(results[name])) for name in names)
+        title = f"Units that start equal stay equal: {equal} without dropout; noise fixes it: {noise}"
+    plots = {"curves": (title, common.plot_curves, results)}
     shown = {name: results[name] for name in ("He", "constant", "constant, no dropout") if name in results}
     if shown:
         title = "Filters of the first layer: with a constant they stay identical, with dropout or without"

@@ -162,8 +162,14 @@ def main(argv=None):
     data = common.load_data(args)
     results = common.run_all(train, args, data)
 
-    title = "Adam at 0.1: all ReLUs of a layer are dead after few steps. SGD at 1000: the loss explodes"
-    plots = {"curves": (common.summarize(results), common.plot_curves, results), "steps": (title, plot_steps, results)}
+    title = common.summarize(results)
+    if len(results) == len(RUNS):
+        adam, fixed = (
+            common.format_accuracy(common.test_accuracies(results[f"Adam 0.1{end}"])) for end in ("", ", BatchNorm")
+        )
+        title = f"Adam at 0.1 stays at chance level, {adam}; BatchNorm fixes it: {fixed}"
+    steps = "Adam at 0.1: all ReLUs of a layer are dead after few steps. SGD at 1000: the loss explodes"
+    plots = {"curves": (title, common.plot_curves, results), "steps": (steps, plot_steps, results)}
     common.report(results, args, data, plots, expected_to_diverge=EXPECTED_ALARMS)
     if args.is_default and data.name == "MNIST":
         check_findings(results)

@@ -270,7 +270,10 @@ def plot_matrix(results):
         axes.text(len(ALARMS) - 0.3, y, f"{min(accuracies):.0f} to {max(accuracies):.0f} %", va="center")
     axes.imshow(shades.numpy(), cmap="Greys", vmax=2, aspect="auto")
     axes.text(len(ALARMS) - 0.3, -1, "test accuracy", va="center")
-    axes.set_xlabel("alarm, causes first; dot: the first alarm of a training, and right; cross: the first, but wrong")
+    shade = "grey: share of the trainings with the alarm, the darkest is all"
+    axes.set_xlabel(
+        f"alarm, causes first; dot: the first of a training, and right; cross: the first, but wrong; {shade}"
+    )
     axes.set_xticks(range(len(ALARMS)), ALARMS, rotation=60, ha="right")
     axes.set_yticks(range(len(rows)), [fault or "no fault" for fault in rows])
     return figure

@@ -1,4 +1,5 @@
-"""All recorded results and measurements as tables: writes RESULTS.md beside itself.
+"""All recorded results and measurements as tables, and what accuracy costs as a plot: writes RESULTS.md and
+results_cost.png beside itself.
 
 python tests/results.py
 """
@@ -6,10 +7,26 @@ python tests/results.py
 import csv
 import json
 import statistics
+import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common
+from q2_variants import variant1_kernel_sizes as variant1
+from q2_variants import variant2_batchnorm_gap as variant2
+from q2_variants import variant4_under_25k as variant4
+from q2_variants import variant5_under_10k as variant5
+from q2_variants import variant6_fastest as variant6
+from q2_variants import variant7_smallest as variant7
+from q2_variants import variant8_most_accurate as variant8
+
 PATTERNS = "q1*.json", "q2_variants/*.json", "q3*.json", "q4_break/*.json"
 FILES = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
 RECORDED = {found["script"]: found for found in (json.loads(path.read_text(encoding="utf-8")) for path in FILES)}
@@ -137,6 +154,83 @@ def photos_table():
     return table(("photos", "network for photos", "baseline"), [(kind, *(f[kind] for f in both)) for kind in both[0]])
 
 
+# ---- What accuracy costs ---------------------------------------------------------------------------------------------
+PUBLISHED = [  # name, accuracy and how it was obtained, network, epochs of all 60,000 images
+    ("train_mnist_fast", 99.04, variant6.published_cnn, 1),  # mean of 30 seeds, github.com/tuomaso/train_mnist_fast
+    ("Deotte", 99.64, variant8.strided_cnn, 45),  # mean of 1,500 networks, kaggle.com/code/cdeotte
+    ("MnistNet_2", 99.39, variant5.mnist_net_2, 15),  # this one and the next: one run, best epoch on test
+    ("narrow-head", 99.26, variant4.narrow_head_cnn, 10),
+]
+
+
+def network_of(script, config):
+    """A function that builds the network of a recorded run; None for Q4, which breaks it."""
+    if "variant6" in script and config["network"] != "published":
+        return partial(variant6.FixedFiltersCNN, torch.zeros(config["filters"], 1, 5, 5), config["channels"])
+    if "variant7" in script:
+        return partial(variant7.SharedCNN, config["channels"], config["narrow"])
+    networks = {
+        "q1": common.baseline_cnn,
+        "variant1": variant1.kernel_sizes_cnn,
+        "variant2": variant2.batchnorm_gap_cnn,
+        "variant3": common.advanced_combo_cnn,
+        "variant4": variant4.NETWORKS.get(config.get("network")),
+        "variant5": variant5.NETWORKS.get(config.get("network")),
+        "variant6": variant6.published_cnn,
+        "variant8": variant8.strided_cnn,
+    }
+    return next((build for key, build in networks.items() if Path(script).name.startswith(key)), None)
+
+
+def training_cost(build):
+    """Multiply-adds of a step with one image, forward and backward, in convolutions and matrix products."""
+    images = torch.zeros(2, 1, 28, 28)  # BatchNorm needs two
+    with FlopCounterMode(display=False) as counter:
+        build()(images).sum().backward()
+    return counter.get_total_flops() / 2 / len(images)  # a multiply-add is two operations
+
+
+def plot_cost(points):
+    """Test accuracy by the multiply-adds of the training; `points` of (name, parameters, multiply-adds, accuracy,
+    whether it is ours)."""
+    figure = common.new_figure(11, 6.5)
+    axes = figure.subplots()
+    for name, size, cost, accuracy, ours in points:
+        color = common.COLORS[0 if ours else 1]
+        axes.plot(cost, accuracy, "o" if ours else "s", color=color, fillstyle="full" if ours else "none")
+        text = name if "parameters" in name else f"{name}, {size:,}"
+        neighbours = [p for p in points if cost < p[2] < 6 * cost and abs(accuracy - p[3]) < 0.02]
+        shift, side, height = (-5, "right", "bottom") if neighbours else (6, "left", "center")
+        place = {"xytext": (shift, 0), "textcoords": "offset points", "ha": side, "va": height}
+        axes.annotate(text, (cost, accuracy), color=color, fontsize=8, **place)
+    axes.set(xscale="log", xlabel="multiply-adds of the training, forward and backward", ylabel="test accuracy (%)")
+    axes.margins(0.2, 0.12)
+    common.accuracy_axis(axes)
+    axes.grid(True)
+    figure.supxlabel("dots: ours, means of five seeds or more; squares: published; with parameters", fontsize=9)
+    return figure
+
+
+def save_cost():
+    """results_cost.png: of each network of Q1 and Q2 the best run of ours, and published ones."""
+    best = {}
+    for script, found in RECORDED.items():
+        for name, run in found["runs"].items():
+            build = None if name.startswith("published") else network_of(script, run["config"])
+            if build and run["mean"] > best.get(run["parameters"], (0, 0, 0, 0))[3]:
+                epochs = statistics.fmean(seed["epochs"] for seed in run["seeds"])
+                cost = training_cost(build) * epochs * found["data"]["train"]
+                best[run["parameters"]] = name.removesuffix(" improved"), run["parameters"], cost, run["mean"], True
+    points = list(best.values())
+    for name, published, build, epochs in PUBLISHED:
+        size = common.count_parameters(build())
+        points.append((name, size, training_cost(build) * epochs * 60_000, published, False))
+    costs = {goal: min(point[2] for point in points if point[3] >= goal) for goal in (99.0, 99.4, 99.65)}
+    factors = [costs[goal] / costs[99.0] for goal in (99.4, 99.65)]
+    title = f"99.4 % costs {factors[0]:.0f} times the multiply-adds of 99.0 %, and 99.65 % {factors[1]:,.0f} times"
+    common.save_plot(ROOT / "tests" / "results_cost.png", title, "MNIST", plot_cost, points)
+
+
 def document():
     parts = [
         "# Recorded results",
@@ -146,6 +240,7 @@ def document():
         "## Targets",
         targets_table(),
         table(("what", "target", "ours", "reached"), other_targets()),
+        "![Test accuracy by the multiply-adds of the training](results_cost.png)",
         "## Faults",
         "Scripts killed or out of disk space at random moments, then resumed ([faults.py](faults.py)). A loss is "
         "anything that differs from a run without a fault, a half-written file or a temporary file that is left.",
@@ -170,4 +265,5 @@ def document():
 
 
 if __name__ == "__main__":
+    save_cost()
     (ROOT / "tests" / "RESULTS.md").write_text(document(), encoding="utf-8")
