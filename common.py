@@ -643,7 +643,8 @@ def fit(
     accuracy and, among equals, the lowest loss. A loss that is not finite ends the training, as `diverged`.
 
     No check sees these: a network whose memory format changes after the first step of a fused optimizer on a CPU (each
-    weight gets another's momentum; torch 2.14), and a one-cycle schedule of fewer steps than the training.
+    weight gets another's momentum; torch 2.14); a one-cycle schedule of fewer steps than the training; weights averaged
+    over the training (AveragedModel) without BatchNorm's statistics computed anew (update_bn).
     """
     epochs, batch_size, patience = config["epochs"], config["batch_size"], config.get("patience") or config["epochs"]
     shuffle_rng = torch.Generator().manual_seed(seed)

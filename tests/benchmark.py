@@ -134,6 +134,60 @@ def measure_training(_):
     return found
 
 
+# ---- Other frameworks ------------------------------------------------------------------------------------------------
+FRAMEWORKS = {  # function of frameworks.py, backend of Keras, packages
+    "Keras on TensorFlow": ("keras", "tensorflow", ["keras==3.15.1", "tensorflow-cpu==2.21.0"]),
+    "Keras on JAX": ("keras", "jax", ["keras==3.15.1", "jax==0.10.2"]),
+    "Keras on PyTorch": ("keras", "torch", ["keras==3.15.1", "torch==2.14.1"]),
+    "JAX with optax": ("jax", "", ["jax==0.10.2", "optax==0.2.8"]),
+    "JAX with optax, pooling rewritten": ("jax_rewritten", "", ["jax==0.10.2", "optax==0.2.8"]),
+    "Lightning": ("lightning", "", ["lightning==2.6.6", "torch==2.14.1", "numpy"]),
+}
+
+
+def make_environments(folder):
+    """A virtual environment for each list of packages in FRAMEWORKS: {packages: its Python}."""
+    pythons = {}
+    for packages in sorted({tuple(packages) for *_, packages in FRAMEWORKS.values()}):
+        place = Path(folder) / f"environment {len(pythons)}"
+        run("-m", "venv", place)
+        pythons[packages] = place / "bin" / "python"
+        command = [pythons[packages], "-m", "pip", "install", "--quiet", *packages]
+        subprocess.run(command, check=True)
+    return pythons
+
+
+def measure_frameworks(_):
+    """Images per second of the baseline, batch 64, all cores, in other frameworks and by `fit`, in turns, and the
+    medians of the ratios of `fit` to each."""
+    network, optimizer, batch_size, augment = TRAININGS["baseline"]
+    rounds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = load(write_mnist(Path(folder), train=IMAGES * 12 // 11 + 12), limit=IMAGES)
+        data = data._replace(val=data.val.head(1))
+        pythons = make_environments(folder)
+        for _ in range(ROUNDS):
+            for precision in ("fp32", "bf16"):
+                fit = speed_of_fit(data, network, optimizer, batch_size, augment, precision)
+                rounds.setdefault(f"fit, {precision}", []).append(fit)
+            loader = run(HERE / "per_sample_loader.py", "baseline", folder, IMAGES)
+            rounds.setdefault("per-sample DataLoader", []).append(float(loader))
+            for name, (function, backend, packages) in FRAMEWORKS.items():
+                environment = {**ENVIRONMENT, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+                command = [pythons[tuple(packages)], HERE / "frameworks.py", function, str(IMAGES)]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+                rounds.setdefault(name, []).append(float(done.stdout.split()[-1]))
+    found = {}
+    for name, speeds in rounds.items():
+        ratios = {
+            f"{fit} / it": median(a / b for a, b in zip(rounds[fit], speeds, strict=True))
+            for fit in ("fit, fp32", "fit, bf16")
+        }
+        packages = FRAMEWORKS.get(name, ("", "", []))[2]
+        found[name] = {"images per second": round(statistics.median(speeds)), **ratios, "packages": packages}
+    return found
+
+
 # ---- Workers: side by side against one after the other ---------------------------------------------------------------
 def proportional_memory(pid):
     """Proportional set size of a process and its descendants, in GiB (Linux)."""
@@ -441,6 +495,7 @@ def measure_surroundings(_):
 def main():
     parts = {
         "training": measure_training,
+        "frameworks": measure_frameworks,
         "workers": measure_workers,
         "assignment": measure_assignment,
         "health": measure_health,

@@ -154,6 +154,41 @@ def photos_table():
     return table(("photos", "network for photos", "baseline"), [(kind, *(f[kind] for f in both)) for kind in both[0]])
 
 
+def accuracy_of(found):
+    return f"{found['mean']:.2f} ± {found['std']:.2f} %"
+
+
+def preprocessing_table():
+    rows = [(kind, accuracy_of(row)) for kind, row in BENCHMARK["preprocessing"].items() if "mean" in row]
+    return table(("test images", "test accuracy"), rows)
+
+
+def test_split_table():
+    found = BENCHMARK["test split"]
+    wrong = found["images wrong in 1, 2, .. seeds"]
+    rows = [
+        ("errors by thousand test images", ", ".join(map(str, found["errors by thousand, mean"]))),
+        ("errors in the first half, and in the second", ", ".join(map(str, found["errors by half, mean"]))),
+        ("images that are wrong in 1, 2, .. seeds", ", ".join(map(str, wrong))),
+        ("of those wrong in all, with one answer", found["of those wrong in all, with one answer"]),
+        ("of those wrong in all, with a disputed label", found["of those wrong in all, with a disputed label"]),
+        ("accuracy of a seed", accuracy_of(found["accuracy"])),
+        ("accuracy of the mean of their probabilities", f"{found['accuracy of the mean probability']:.2f} %"),
+    ]
+    return table(("five baselines", "mean or number"), rows)
+
+
+def writers_table():
+    rows = []
+    for kind in ("random images", "whole writers"):
+        found = BENCHMARK["writers"][kind]
+        accuracies = [accuracy_of(found[part]) for part in ("validation", "test")]
+        difference = f"{found['validation - test']['mean']:+.2f} ± {found['validation - test']['std']:.2f}"
+        halves = [f"{found[f'test, {half} half']:.2f} %" for half in ("first", "second")]
+        rows.append((f"{kind} ({found['images']:,})", *accuracies, difference, *halves))
+    return table(("validation split by", "validation", "test", "difference", "test, first half", "second half"), rows)
+
+
 # ---- What accuracy costs ---------------------------------------------------------------------------------------------
 PUBLISHED = [  # name, accuracy and how it was obtained, network, epochs of all 60,000 images
     ("train_mnist_fast", 99.04, variant6.published_cnn, 1),  # mean of 30 seeds, github.com/tuomaso/train_mnist_fast
@@ -241,6 +276,14 @@ def document():
         targets_table(),
         table(("what", "target", "ours", "reached"), other_targets()),
         "![Test accuracy by the multiply-adds of the training](results_cost.png)",
+        "## Where errors lie, and what validation says of them",
+        "Of the five baselines of q1_baseline.py ([facts.py](facts.py)). MNIST's test images are of other writers than "
+        "its training images: the first half is of students, the second of employees.",
+        test_split_table(),
+        "If test images are prepared otherwise than training images:",
+        preprocessing_table(),
+        "Validation images drawn at random share their writers with the training images. Five baselines each:",
+        writers_table(),
         "## Faults",
         "Scripts killed or out of disk space at random moments, then resumed ([faults.py](faults.py)). A loss is "
         "anything that differs from a run without a fault, a half-written file or a temporary file that is left.",
