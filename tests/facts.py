@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import ROOT
 
 import common
 import q1_baseline
@@ -19,7 +20,7 @@ import q1_baseline
 SEEDS = 5
 
 
-def train_baselines(data_dir, data=None, folder=common.ROOT):
+def train_baselines(data_dir, data=None, folder=ROOT):
     """(data, results, networks in evaluation mode) of the baseline with SEEDS seeds; finished runs are not repeated."""
     options = ["--only", "baseline", "--seeds", SEEDS, "--data-dir", data_dir, "--out-dir", folder, "--resume"]
     args = common.parse_args(q1_baseline.__file__, "", q1_baseline.RUNS, list(map(str, options)))
