@@ -11,6 +11,7 @@ Writes benchmark.json and benchmark_digits.png beside itself, and q1_baseline_bo
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -243,7 +244,7 @@ def measure_workers(data_dir):
     return {"workers": common.CORES, **found}
 
 
-# ---- The whole assignment, now and before -----------------------------------------------------------------
+# ---- The whole assignment and the first script, now and before -------------------------------------------------------
 BEFORE = "066ac12"  # the commit to compare with
 
 
@@ -261,27 +262,49 @@ def images_trained(folder):
     return total
 
 
+@contextlib.contextmanager
+def checkout(commit):
+    """A folder with the project as it was at `commit`."""
+    git = "git", "-C", ROOT, "worktree"
+    with tempfile.TemporaryDirectory() as folder:
+        before = Path(folder) / "before"
+        subprocess.run([*git, "add", "--detach", before, commit], check=True, capture_output=True)
+        try:
+            yield before
+        finally:
+            subprocess.run([*git, "remove", "--force", before], check=True)
+
+
 def measure_assignment(data_dir):
     """Seconds and images of the default runs of the scripts that BEFORE has, too, with its code and with this one,
     script by script in turns: 80 minutes."""
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        before = Path(folder) / "before"
-        git = "git", "-C", ROOT, "worktree"
-        subprocess.run([*git, "add", "--detach", before, BEFORE], check=True, capture_output=True)
-        try:
-            for script in [script for script in SCRIPTS if (before / script).exists()]:
-                found[script] = {}
-                for name, root in (("before", before), ("now", ROOT)):
-                    out = Path(folder) / f"{name} {Path(script).stem}"
-                    out.mkdir()
-                    seconds, _ = run_script(root / script, out, data_dir)
-                    found[script][name] = {"seconds": round(seconds, 1), "images": images_trained(out)}
-                print(script, found[script], flush=True)
-        finally:
-            subprocess.run([*git, "remove", "--force", before], check=True)
+    with checkout(BEFORE) as before, tempfile.TemporaryDirectory() as folder:
+        for script in [script for script in SCRIPTS if (before / script).exists()]:
+            found[script] = {}
+            for name, root in (("before", before), ("now", ROOT)):
+                out = Path(folder) / f"{name} {Path(script).stem}"
+                out.mkdir()
+                seconds, _ = run_script(root / script, out, data_dir)
+                found[script][name] = {"seconds": round(seconds, 1), "images": images_trained(out)}
+            print(script, found[script], flush=True)
     sums = {name: sum(times[name]["seconds"] for times in found.values()) for name in ("before", "now")}
     return {**found, "before": f"commit {BEFORE}", "ratio of the sums": round(sums["before"] / sums["now"], 2)}
+
+
+FIRST = "28de7b5"  # the commit to compare the first script with
+
+
+def measure_first_script(data_dir):
+    """Seconds and peak memory of q1_baseline.py's default run, with the code of FIRST and with this one, in turns."""
+    found = {"before": [], "now": []}
+    with checkout(FIRST) as before, tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):
+            for name, root in (("before", before), ("now", ROOT)):
+                seconds, memory = run_script(root / "q1_baseline.py", folder, data_dir)
+                found[name].append({"seconds": round(seconds, 1), "GiB": round(memory, 2)})
+    ratio = median(now["seconds"] / old["seconds"] for old, now in zip(*found.values(), strict=True))
+    return {**found, "before is": f"commit {FIRST}", "ratio of seconds": ratio}
 
 
 # ---- Health checks ---------------------------------------------------------------------------------------------------
@@ -498,6 +521,7 @@ def main():
         "frameworks": measure_frameworks,
         "workers": measure_workers,
         "assignment": measure_assignment,
+        "first script": measure_first_script,
         "health": measure_health,
         "start": measure_start,
         "synthetic": measure_synthetic,
