@@ -1,11 +1,13 @@
 """The measurements of facts about MNIST, on small data."""
 
 import gzip
+import json
 
 import facts
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import common
 
@@ -46,3 +48,15 @@ def test_typo_in_the_normalisation_is_the_smallest_change(tiny):
     distances = {kind: (images - right).square().mean().item() for kind, images in kinds.items()}
     assert distances.pop("0.1407 and 0.4081, a published typo") < min(distances.values())
     assert distances["inverted"] == pytest.approx(max(distances[kind] for kind in facts.CHANGES))
+
+
+def test_recorded_errors_add_up_and_a_part_in_order_is_no_sample():
+    """Thousands drawn at random would hold 6.4 errors, give or take 2.5."""
+    found = json.loads((ROOT / "tests" / "benchmark.json").read_text())["test split"]
+    thousands = found["errors by thousand, mean"]
+    recorded = json.loads((ROOT / "q1_baseline.json").read_text())["runs"]["baseline"]["mean"]
+    assert sum(thousands) == pytest.approx(100 * (100 - recorded), abs=0.5)
+    assert found["errors by half, mean"] == pytest.approx([sum(thousands[:5]), sum(thousands[5:])], abs=0.3)
+    repeated = [number * count for number, count in enumerate(found["images wrong in 1, 2, .. seeds"], 1)]
+    assert sum(repeated) == pytest.approx(5 * sum(thousands), abs=1)
+    assert max(thousands) > 10 and min(thousands) < 1
