@@ -965,12 +965,14 @@ def train_run(train, data: Dataset, run: Run, show) -> str:
 
 def train_in_processes(train, data: Dataset, runs: list[Run], workers: int, show):
     """Yield (run, what failed) as `workers` processes finish the runs; `show` gets their progress."""
-    context = torch.multiprocessing.get_context("forkserver" if NATIVE else "spawn")
+    # Forked from a server that has imported what a training needs (optimizers import the compiler), processes share its
+    # memory. The server's address is a file in the temporary folder, whose name has to be short.
+    forks = NATIVE and len(tempfile.gettempdir()) < 64
+    context = torch.multiprocessing.get_context("forkserver" if forks else "spawn")
     messages = context.SimpleQueue()
-    if NATIVE:
-        # Forked from a server that has imported what a training needs (optimizers import the compiler), the processes
-        # share its memory. Unbound: binding would put the first thread of each on the same core.
+    if forks:
         context.set_forkserver_preload(["common", "torch._dynamo"])
+    if NATIVE:  # no binding: it would put the first thread of each process on the same core
         os.sched_setaffinity(0, allowed_cores())  # the processes inherit it
         os.environ["OMP_PROC_BIND"] = "false"
     with ProcessPoolExecutor(workers, context, start_worker, (train, data, messages)) as pool:

@@ -298,6 +298,15 @@ def test_F_two_workers_need_no_loopback(mnist_folder, tmp_path):
     assert done.returncode == 0 and results_exist(tmp_path), done.stderr
 
 
+@pytest.mark.slow
+def test_F_a_long_name_of_the_temporary_folder_stops_no_worker(mnist_folder, tmp_path):
+    folder = tmp_path / ("long" * 30)  # too long for the address of a Unix socket
+    folder.mkdir()
+    arguments = small(mnist_folder, "--seeds 2 --workers 2")
+    code, _, err = run_script(SCRIPT, arguments, tmp_path, env={**os.environ, "TMPDIR": str(folder)})
+    assert code == 0 and results_exist(tmp_path), err
+
+
 # ---- G: processes that cannot start ----------------------------------------------------------------------------------
 @needs_posix
 @pytest.mark.slow
