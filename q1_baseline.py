@@ -142,7 +142,7 @@ ADVICE = "crop to the digit, use more light or a thicker pen"
 
 def vary_handwriting(images, generator):
     """`images`, float (B, 1, 28, 28), as other hands and pens might have written them: rotated, slanted, stretched and
-    shifted, with bolder or thinner strokes."""
+    shifted, with bolder or thinner strokes, some of them broken."""
 
     def uniform(low, high):
         draws = torch.rand(len(images), generator=generator, device=images.device)
@@ -156,7 +156,9 @@ def vary_handwriting(images, generator):
     images = F.grid_sample(images, grid, align_corners=False)
     bold, thin = F.max_pool2d(images, 3, 1, 1), -F.max_pool2d(-images, 3, 1, 1)
     width = uniform(-0.7, 1)
-    return images + width.clamp(min=0) * (bold - images) - width.clamp(max=0) * (thin - images)
+    images = images + width.clamp(min=0) * (bold - images) - width.clamp(max=0) * (thin - images)
+    rows = torch.arange(28.0, device=images.device).view(28, 1)
+    return images * ((rows - uniform(6, 22)).abs() > uniform(-3, 1.5))  # a third has a gap
 
 
 def train_for_photos(config, data, seed, **settings):
@@ -179,7 +181,11 @@ def photo_network(args):
         print("training the network for photos, once: four minutes")
         args.resume = path.parent.exists()
         config = {key: getattr(args, key) or value for key, value in PHOTO_RUN.items()}
-        common.run_all(train_for_photos, args, common.load_data(args), {"photos": config}, seeds=[0], test=False)
+        data = common.load_data(args)
+        drawn = common.draw_digits(len(data.train.labels) // 10, seed=0)  # ways to write that are rare in MNIST
+        train = [torch.cat([a, b.to(a.device)]) for a, b in zip(data.train, drawn, strict=True)]
+        data = data._replace(train=common.Split(*train))
+        common.run_all(train_for_photos, args, data, {"photos": config}, seeds=[0], test=False)
     model = common.baseline_cnn()
     model.load_state_dict(common.load_checkpoint(path, {})["best"])
     return model.eval()
@@ -297,7 +303,8 @@ def has_light_ink(gray: Tensor) -> bool:
     """Whether what stands out from its surroundings, a third of the photo (H, W) wide, is light rather than dark."""
     coarse = F.avg_pool2d(gray[None, None], max(1, max(gray.shape) // 100), ceil_mode=True)
     reach = max(coarse.shape) // 6
-    mean = F.avg_pool2d(F.pad(coarse, [reach] * 4, mode="replicate"), (2 * reach + 1, 1), 1)
+    border = torch.cat([gray[0], gray[-1], gray[:, 0], gray[:, -1]]).median()  # paper goes on outside, not what is cut
+    mean = F.avg_pool2d(F.pad(coarse, [reach] * 4, value=border.item()), (2 * reach + 1, 1), 1)
     mean = F.avg_pool2d(mean, (1, 2 * reach + 1), 1)  # rows, then columns: many times faster
     return (coarse - mean).pow(3).mean().item() > 0
 
@@ -323,6 +330,8 @@ def find_sheet(gray: Tensor) -> Tensor | None:
             small = 3 * (bottom - top) < height or 3 * (right - left) < width
             if small or borders > 1 or own.sum() < 0.7 * area:
                 continue
+            inside = (boxes[:, :2] >= (top, left)).all(1) & (boxes[:, 2:] <= (bottom, right)).all(1)
+            own = np.append(False, inside)[numbers[top:bottom, left:right]]  # with what a digit near the frame cuts off
             filled = torch.from_numpy(span(own, 0) | span(own, 1))  # with the digits on it
             sheet = F.pad(filled, (left, width - right, top, height - bottom))
             if filled.sum() >= 0.85 * area:
@@ -391,10 +400,14 @@ def stroke_width(mask: Tensor) -> float:
 
 
 def same_digit(a, b) -> bool:
-    """Whether parts with the boxes `a` and `b` are one digit: one above the other, hardly apart."""
-    common_width = min(a[3], b[3]) - max(a[1], b[1])
-    gap = max(a[0], b[0]) - min(a[2], b[2])
-    return common_width >= min(a[3] - a[1], b[3] - b[1]) / 2 and gap <= 0.15 * (max(a[2], b[2]) - min(a[0], b[0]))
+    """Whether parts with the boxes `a` and `b` are one digit: hardly apart, and one above the other or one of them much
+    too low for a digit, such as the upper stroke of a five."""
+    top, left, bottom, right = np.concatenate([np.minimum(a, b), np.maximum(a, b)])[[0, 1, 6, 7]]
+    down, across = np.maximum(a, b)[:2] - np.minimum(a, b)[2:]  # the gaps, negative where they overlap
+    near = 0.2 * (bottom - top)
+    above = down <= near and -across >= min(a[3] - a[1], b[3] - b[1]) / 2
+    low = min(a[2] - a[0], b[2] - b[0]) < 0.4 * (bottom - top)
+    return above or (low and max(down, across) <= near)
 
 
 def separate_digits(strokes: Tensor) -> tuple[list, bool]:
@@ -421,7 +434,7 @@ def separate_digits(strokes: Tensor) -> tuple[list, bool]:
     for box, parts in digits:
         tall = min(box[2] - box[0], first[2] - first[0])
         overlap = min(box[2], first[2]) - max(box[0], first[0])
-        if 2 * tall >= first[2] - first[0] and 2 * overlap > tall:
+        if tall >= 0.4 * (first[2] - first[0]) and 2 * overlap > tall:
             line.append((box, strokes & torch.from_numpy(np.isin(numbers, parts))))
         elif 3 * tall >= first[2] - first[0]:
             others = True
