@@ -350,7 +350,7 @@ KINDS = {
 
 
 def draw_rare(count, generator):
-    """Images (count, 1, 28, 28) and labels of RARE ways to write, drawn with a pen; none with strokes of more than three
+    """Images (count, 1, 28, 28) and labels of RARE ways to write, drawn with a pen; none with strokes of more than 3
     pixels, which fill the bays of a three."""
     ways = [(digit, text) for digit, texts in RARE.items() for text in texts.split()]
     images, labels = [], []
