@@ -191,6 +191,7 @@ def main(argv=None):
 
 # ---- Predictions for photos ------------------------------------------------------------------------------------------
 PHOTO_RUN = {"epochs": 20, "batch_size": 128, "lr": 3e-3}  # for --predict and --draw, trained at their first start
+TEMPERATURE = 1.2  # of the softmax; on photos of validation images 0.3 % of what is 99 % sure is wrong, with 1.0 0.4 %
 LONGEST = 640  # pixels of a photo's longer side: its digits are looked for in this size
 PEN = 20  # pixels, in the window's sheet of 280 x 280
 ADVICE = "crop to the digit, use more light or a thicker pen"
@@ -198,7 +199,7 @@ ADVICE = "crop to the digit, use more light or a thicker pen"
 
 def vary_handwriting(images, generator):
     """`images`, float (B, 1, 28, 28), as other hands and pens might have written them: rotated, slanted, stretched and
-    shifted, with bolder or thinner strokes."""
+    shifted, with bolder or thinner strokes, some of them broken."""
 
     def uniform(low, high):
         draws = torch.rand(len(images), generator=generator, device=images.device)
@@ -212,7 +213,9 @@ def vary_handwriting(images, generator):
     images = F.grid_sample(images, grid, align_corners=False)
     bold, thin = F.max_pool2d(images, 3, 1, 1), -F.max_pool2d(-images, 3, 1, 1)
     width = uniform(-0.7, 1)
-    return images + width.clamp(min=0) * (bold - images) - width.clamp(max=0) * (thin - images)
+    images = images + width.clamp(min=0) * (bold - images) - width.clamp(max=0) * (thin - images)
+    rows = torch.arange(28.0, device=images.device).view(28, 1)
+    return images * ((rows - uniform(6, 22)).abs() > uniform(-3, 1.5))  # a third has a gap
 
 
 def train_for_photos(config, data, seed, **settings):
@@ -234,7 +237,11 @@ def photo_network(args):
     if not path.exists():
         print("training the network for photos, once: four minutes")
         config = {key: getattr(args, key) or value for key, value in PHOTO_RUN.items()}
-        common.run_all(train_for_photos, args, common.load_data(args), {"photos": config}, seeds=[0], test=False)
+        data = common.load_data(args)
+        drawn = common.draw_digits(len(data.train.labels) // 10, seed=0)  # ways to write that are rare in MNIST
+        train = [torch.cat([a, b.to(a.device)]) for a, b in zip(data.train, drawn, strict=True)]
+        data = data._replace(train=common.Split(*train))
+        common.run_all(train_for_photos, args, data, {"photos": config}, seeds=[0], test=False)
     model = common.baseline_cnn()
     model.load_state_dict(common.load_checkpoint(path, {})["best"])
     return model.eval()
@@ -352,7 +359,8 @@ def has_light_ink(gray: Tensor) -> bool:
     """Whether what stands out from its surroundings, a third of the photo (H, W) wide, is light rather than dark."""
     coarse = F.avg_pool2d(gray[None, None], max(1, max(gray.shape) // 100), ceil_mode=True)
     reach = max(coarse.shape) // 6
-    mean = F.avg_pool2d(F.pad(coarse, [reach] * 4, mode="replicate"), (2 * reach + 1, 1), 1)
+    border = torch.cat([gray[0], gray[-1], gray[:, 0], gray[:, -1]]).median()  # paper goes on outside, not what is cut
+    mean = F.avg_pool2d(F.pad(coarse, [reach] * 4, value=border.item()), (2 * reach + 1, 1), 1)
     mean = F.avg_pool2d(mean, (1, 2 * reach + 1), 1)  # rows, then columns: many times faster
     return (coarse - mean).pow(3).mean().item() > 0
 
@@ -378,6 +386,9 @@ def find_sheet(gray: Tensor) -> Tensor | None:
             small = 3 * (bottom - top) < height or 3 * (right - left) < width
             if small or borders > 1 or own.sum() < 0.7 * area:
                 continue
+            inside = (boxes[:, :2] >= (top, left)).all(1) & (boxes[:, 2:] <= (bottom, right)).all(1)
+            inside &= (boxes[:, 2:] - boxes[:, :2]).prod(1) > 0.01 * area  # not between the dots of a line
+            own = np.append(False, inside)[numbers[top:bottom, left:right]]  # with what a digit near the frame cuts off
             filled = torch.from_numpy(span(own, 0) | span(own, 1))  # with the digits on it
             sheet = F.pad(filled, (left, width - right, top, height - bottom))
             if filled.sum() >= 0.85 * area:
@@ -397,14 +408,13 @@ def find_strokes(gray: Tensor) -> tuple[Tensor, Tensor]:
     ink = slide(torch.minimum, greatest, window) - gray
     for _ in range(3):  # without what is foreign, the threshold is another one
         threshold, contrast = otsu(ink)
-        strong = (ink > threshold).numpy()
-        if contrast < 0.08 or strong.mean() > 0.5:
+        strokes = ink > 0.8 * threshold
+        if contrast < 0.08 or strokes.float().mean() > 0.6:
             break
-        numbers, boxes = connected_parts((ink > 0.65 * threshold).numpy())  # faint strokes count where they go on
-        kept = np.bincount(numbers[strong], minlength=len(boxes) + 1) > 0
+        numbers, boxes = connected_parts(strokes.numpy())
         foreign = find_foreign(numbers, boxes)
         if not foreign.any():
-            return ink, torch.from_numpy(kept[numbers])
+            return ink, strokes
         ink = ink * ~widen(torch.from_numpy(foreign[numbers]), 6)
     return ink, torch.zeros_like(ink, dtype=torch.bool)
 
@@ -428,7 +438,7 @@ def find_foreign(numbers, boxes):
         own = numbers[top[i] : bottom[i], left[i] : right[i]] == i + 1
         up, down, west, east = cover_sides(own)
         inside = (boxes[:, :2] >= boxes[i, :2]).all(1) & (boxes[:, 2:] <= boxes[i, 2:]).all(1)
-        if max(min(up, down), min(west, east)) > 0.6 and inside.sum() > 1:  # itself and another
+        if max(min(up, down), min(west, east)) > 0.8 and inside.sum() > 1:  # itself and another
             edge = max(2, min(own.shape) // 8)
             within = (middles >= boxes[i, :2] + edge).all(1) & (middles <= boxes[i, 2:] - edge).all(1)
             foreign[1:] |= ~within
@@ -446,10 +456,14 @@ def stroke_width(mask: Tensor) -> float:
 
 
 def same_digit(a, b) -> bool:
-    """Whether parts with the boxes `a` and `b` are one digit: one above the other, hardly apart."""
-    common_width = min(a[3], b[3]) - max(a[1], b[1])
-    gap = max(a[0], b[0]) - min(a[2], b[2])
-    return common_width >= min(a[3] - a[1], b[3] - b[1]) / 2 and gap <= 0.15 * (max(a[2], b[2]) - min(a[0], b[0]))
+    """Whether parts with the boxes `a` and `b` are one digit: hardly apart, and one above the other or one of them much
+    too low for a digit, such as the upper stroke of a five."""
+    top, left, bottom, right = np.concatenate([np.minimum(a, b), np.maximum(a, b)])[[0, 1, 6, 7]]
+    down, across = np.maximum(a, b)[:2] - np.minimum(a, b)[2:]  # the gaps, negative where they overlap
+    near = 0.2 * (bottom - top)
+    above = down <= near and -across >= min(a[3] - a[1], b[3] - b[1]) / 2
+    low = min(a[2] - a[0], b[2] - b[0]) < 0.4 * (bottom - top)
+    return above or (low and max(down, across) <= near)
 
 
 def separate_digits(strokes: Tensor) -> tuple[list, bool]:
@@ -476,7 +490,7 @@ def separate_digits(strokes: Tensor) -> tuple[list, bool]:
     for box, parts in digits:
         tall = min(box[2] - box[0], first[2] - first[0])
         overlap = min(box[2], first[2]) - max(box[0], first[0])
-        if 2 * tall >= first[2] - first[0] and 2 * overlap > tall:
+        if tall >= 0.4 * (first[2] - first[0]) and 2 * overlap > tall:
             line.append((box, strokes & torch.from_numpy(np.isin(numbers, parts))))
         elif 3 * tall >= first[2] - first[0]:
             others = True
@@ -534,7 +548,7 @@ def prepare_photo(gray: Tensor) -> tuple[Tensor, list[str]]:
 def classify(model, images: Tensor, doubts: list[str]) -> tuple[Tensor, str]:
     """Probabilities (N, 10) of the digits in `images`, uint8 (N, 1, 28, 28), and what there is to say of them."""
     with torch.no_grad():
-        probabilities = model(common.normalize(images)).softmax(1)
+        probabilities = (model(common.normalize(images)) / TEMPERATURE).softmax(1)
     best, digits = probabilities.max(1)
     percent = [f"{100 * p:.1f} %" for p in best.tolist()]
     text = f"{' '.join(map(str, digits.tolist()))} ({', '.join(percent)})"

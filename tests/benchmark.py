@@ -452,12 +452,18 @@ def measure_photos(data_dir, count=150):
     models["baseline"].load_state_dict(best["best"])
     save_board(models["network for photos"])
     found = {"photos of each kind": count}
+    photos = {}  # kind: (prepared digits, doubts, labels) of each photo
+    for seed, kind in enumerate(KINDS):
+        made = make_photos(kind, data.test, count, torch.Generator().manual_seed(seed))
+        photos[kind] = [
+            (*q1_baseline.prepare_photo(q1_baseline.read_photo(io.BytesIO(content))), labels)
+            for content, labels in made
+        ]
     for name, model in models.items():
         right, sure, wrong = {}, 0, 0
-        for seed, kind in enumerate(KINDS):
+        for kind in KINDS:
             digits = hits = 0
-            for content, labels in make_photos(kind, data.test, count, torch.Generator().manual_seed(seed)):
-                images, doubts = q1_baseline.prepare_photo(q1_baseline.read_photo(io.BytesIO(content)))
+            for images, doubts, labels in photos[kind]:
                 probabilities, _ = q1_baseline.classify(model, images, doubts)
                 predicted = probabilities.argmax(1).tolist()
                 digits += len(labels)

@@ -61,9 +61,18 @@ def count_holes(ink):
     return len(boxes) - 1  # but for the paper around
 
 
+def is_faithful(line, ink):
+    """Whether a line, drawn in the place of strokes of ink, closes as many loops and comes near all of the ink, bool
+    tensors (H, W). A filled loop has no centre line: an 8 would look like a Y; where a faint stroke is lost, a 0 opens.
+    """
+    near = q1_baseline.widen(line, 2 * round(0.8 * q1_baseline.stroke_width(ink)))
+    return count_holes(line) == count_holes(ink) and (ink & ~near).sum() < 0.002 * ink.sum()
+
+
 def write(image, height, generator, width=None):
     """The digit of `image`, uint8 (1, 28, 28), as coverage with ink, float (h, w) from 0 to 1, its longer side about
-    `height` pixels, slightly rotated; `width`: of the strokes in pixels, or as they are."""
+    `height` pixels, slightly rotated; `width`: of the strokes in pixels. The strokes stay as wide as they are if it is
+    None or if no one could read the digit any more: see `is_faithful`."""
     digit = image[0].float() / 255
     rows, columns = (digit.sum(axis).nonzero().flatten() for axis in (1, 0))
     digit = digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -73,18 +82,19 @@ def write(image, height, generator, width=None):
     digit = F.pad(digit, [margin] * 4).clamp(0, 1)
     digit = Image.fromarray((255 * digit).byte().numpy()).rotate(uniform(-8, 8, generator), Image.Resampling.BICUBIC)
     digit = torch.from_numpy(np.array(digit)).float() / 255
-    loops = digit > 0.3
+    ink = digit > 0.3
     soft = max(1.0, height / 40)  # a sharper edge than that of the enlarged pixels
-    digit = ((digit - 0.5) * height / 20 / soft + 0.5).clamp(0, 1)
+    sharp = ((digit - 0.5) * height / 20 / soft + 0.5).clamp(0, 1)
+    if is_faithful(sharp > 0.5, ink):
+        digit = sharp
     if width:
         smooth = Image.fromarray((255 * digit).byte().numpy()).filter(ImageFilter.GaussianBlur(height / 40))
         line = torch.from_numpy(thin(np.array(smooth) > 127))
-    if width and count_holes(line) == count_holes(loops):  # else a loop has closed, and an 8 looks like a 6
-        line = line.float()
+    if width and is_faithful(line, ink):
         reach = math.ceil(width / 2)
         place = torch.arange(-reach, reach + 1.0)
         pen = (width / 2 + 0.5 - (place[:, None] ** 2 + place**2).sqrt()).clamp(0, 1)
-        digit = F.conv2d(line[None, None], pen[None, None], padding=reach)[0, 0].clamp(0, 1)
+        digit = F.conv2d(line[None, None].float(), pen[None, None], padding=reach)[0, 0].clamp(0, 1)
     rows, columns = ((digit > 0.5).any(axis).nonzero().flatten() for axis in (1, 0))
     return digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
@@ -340,11 +350,17 @@ KINDS = {
 
 
 def draw_rare(count, generator):
-    """Images (count, 1, 28, 28) and labels of RARE ways to write, drawn with a pen."""
+    """Images (count, 1, 28, 28) and labels of RARE ways to write, drawn with a pen; none with strokes of more than 3
+    pixels, which fill the bays of a three."""
     ways = [(digit, text) for digit, texts in RARE.items() for text in texts.split()]
-    chosen = [ways[i] for i in torch.randint(len(ways), (count,), generator=generator)]
-    images = [common.draw_skeleton(*common.skeleton_path(text), 1, generator) for _, text in chosen]
-    return torch.stack(images), torch.tensor([digit for digit, _ in chosen])
+    images, labels = [], []
+    while len(images) < count:
+        digit, text = ways[torch.randint(len(ways), (), generator=generator)]
+        image = common.draw_skeleton(*common.skeleton_path(text), 1, generator)
+        if q1_baseline.stroke_width(image[0] > 127) <= 3:
+            images.append(image)
+            labels.append(digit)
+    return torch.stack(images), torch.tensor(labels)
 
 
 def make_photos(kind, split, count, generator):
