@@ -413,8 +413,7 @@ def same_digit(a, b) -> bool:
 
 def separate_digits(strokes: Tensor) -> tuple[list, bool]:
     """The digits of the line with the largest one, from left to right, each as (box, mask (H, W)), and whether other
-    parts are large. Gaps of 0.7 stroke widths are bridged, unless
-    what they join is wider than a digit."""
+    parts are large. Gaps of 0.7 stroke widths are bridged, unless what they join is wider than a digit."""
     bridged = widen(strokes, round(0.7 * stroke_width(strokes))).numpy()
     numbers, boxes = connected_parts(bridged)
     wide = np.append(False, boxes[:, 3] - boxes[:, 1] > 1.1 * (boxes[:, 2] - boxes[:, 0]))
