@@ -468,8 +468,7 @@ def same_digit(a, b) -> bool:
 
 def separate_digits(strokes: Tensor) -> tuple[list, bool]:
     """The digits of the line with the largest one, from left to right, each as (box, mask (H, W)), and whether other
-    parts are large. Gaps of 0.7 stroke widths are bridged, unless
-    what they join is wider than a digit."""
+    parts are large. Gaps of 0.7 stroke widths are bridged, unless what they join is wider than a digit."""
     bridged = widen(strokes, round(0.7 * stroke_width(strokes))).numpy()
     numbers, boxes = connected_parts(bridged)
     wide = np.append(False, boxes[:, 3] - boxes[:, 1] > 1.1 * (boxes[:, 2] - boxes[:, 0]))
@@ -477,14 +476,16 @@ def separate_digits(strokes: Tensor) -> tuple[list, bool]:
     numbers = numbers * strokes.numpy()
     areas = np.bincount(numbers.ravel(), minlength=len(boxes) + 1)[1:]
     digits = []  # box, numbers of the parts
-    for i in areas.argsort()[::-1][:60]:
-        box = boxes[i]
-        for j in [j for j, (other, _) in enumerate(digits) if areas[i] > 0.01 * areas.max() and same_digit(box, other)]:
-            other, parts = digits[j]
-            digits[j] = np.concatenate([np.minimum(box, other)[:2], np.maximum(box, other)[2:]]), [*parts, i + 1]
-            break
+    for i in areas.argsort()[::-1]:
+        if areas[i] < 0.01 * areas.max():
+            break  # specks
+        for j, (box, parts) in enumerate(digits):
+            if same_digit(boxes[i], box):
+                box = np.append(np.minimum(boxes[i], box)[:2], np.maximum(boxes[i], box)[2:])
+                digits[j] = box, [*parts, i + 1]
+                break
         else:
-            digits.append((box, [i + 1]))
+            digits.append((boxes[i], [i + 1]))
     first = digits[0][0]
     line, others = [], False
     for box, parts in digits:

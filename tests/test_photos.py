@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from photos import KINDS, make_photos, mixture, resize_naively
+from photos import KINDS, make_photos, mixture, resize_naively, write
 from PIL import Image, ImageDraw
 
 import common
@@ -118,6 +118,60 @@ def test_even_and_uneven_paper_is_not_ink():
     for photo in (0.62 + 0.1 * x + 0.1 * y, torch.full((240, 540), 0.7), 0.7 * (1 - 0.15 * (x**2 + y**2))):
         images, doubts = q1_baseline.prepare_photo(photo)
         assert len(images) == 0 and "no digit stands out" in doubts[0]
+
+
+def draw_sheet(size, shapes):
+    """A white sheet (width, height) as a photo, with shapes: (method of ImageDraw, its points, options)."""
+    sheet = Image.new("L", size, 255)
+    pen = ImageDraw.Draw(sheet)
+    for method, place, options in shapes:
+        getattr(pen, method)(place, **options)
+    return torch.from_numpy(np.array(sheet)).float() / 255
+
+
+RING = ("ellipse", (150, 100, 230, 220), {"outline": 0, "width": 16})
+FAINT = ("ellipse", (150, 400, 210, 470), {"outline": 170, "width": 7})
+BAR = [(110, 100), (100, 180), (160, 200), (150, 260), (90, 270)]
+LINE = {"fill": 0, "width": 14}
+
+
+@pytest.mark.parametrize(
+    ("size", "shapes", "widths"),
+    [
+        ((400, 400), [("line", BAR, LINE), ("line", [(185, 95), (260, 90)], LINE)], [16]),
+        (
+            (600, 300),
+            [RING, ("line", [(170, 160), (210, 160)], LINE), ("line", [(300, 100), (300, 220)], LINE)],
+            [13, 3],
+        ),
+        ((270, 640), [FAINT, ("rectangle", (0, 340, 20, 640), {"fill": 0})], [17]),
+    ],
+    ids=["a five's upper stroke", "a stroke inside a zero", "an object at the border"],
+)
+def test_parts_become_digits(size, shapes, widths):
+    """Of these widths, in pixels, in a box of 20."""
+    images, doubts = q1_baseline.prepare_photo(draw_sheet(size, shapes))
+    assert not doubts and len(images) == len(widths)
+    for image, width in zip(images, widths, strict=True):
+        assert abs((image > 100).any(1).sum() - width) <= 1
+
+
+def test_a_digit_near_its_frame_is_found():
+    """Paper that it cuts off from the rest belongs to the sheet, too."""
+    frame = ("rectangle", (4, 4, 235, 195), {"outline": 0, "width": 10})
+    seven = ("line", [(140, 90), (222, 90), (180, 184)], LINE)
+    images, _ = q1_baseline.prepare_photo(draw_sheet((240, 200), [frame, seven]))
+    alone, _ = q1_baseline.prepare_photo(draw_sheet((240, 200), [seven]))
+    assert len(images) == 1 and likeness(images[0], alone[0]) > 0.95
+
+
+def test_made_digits_keep_their_loops_and_strokes():
+    """A pen drawn along the centre line of a filled loop would make an L of a six."""
+    shapes = [("line", [(110, 20), (80, 200)], {"fill": 0, "width": 24}), ("ellipse", (70, 150, 190, 260), {"fill": 0})]
+    filled = 1 - F.interpolate(draw_sheet((280, 280), shapes)[None, None], (28, 28), mode="area")[0]
+    generator = torch.Generator().manual_seed(0)
+    written = write((255 * filled).byte(), 200, generator, width=12)
+    assert (written > 0.5).float().mean() > 0.4
 
 
 @pytest.mark.parametrize("kind", KINDS)
