@@ -53,17 +53,6 @@ TARGETS = [  # what, published accuracy, how it was obtained, target mean, scrip
 ]
 
 
-FRAMEWORK_TARGETS = {
-    "Keras on TensorFlow": 1.1,
-    "Keras on JAX": 2.5,
-    "Keras on PyTorch": 2.5,
-    "JAX with optax": 2.5,
-    "JAX with optax, pooling rewritten": 1.4,
-    "Lightning": 2.5,
-    "per-sample DataLoader": 2.5,
-}
-
-
 def table(head, rows):
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
@@ -133,12 +122,6 @@ def other_targets():
     for goal, target in {"99.4 %": 0.5, "99.0 %": 0.7}.items():
         what = f"variant 6, seconds to {goal} / those of {fastest['before is']}"
         rows.append((what, f"at most {target}", fastest[goal]["ratio"], fastest[goal]["ratio"] <= target))
-    for name, target in FRAMEWORK_TARGETS.items():
-        found = BENCHMARK["frameworks"][name]
-        ratio = found["fit, fp32 / it"]
-        rows.append((f"baseline, `fit` in fp32, times as fast as {name}", target, ratio, ratio >= target))
-    ratio = BENCHMARK["frameworks"]["Keras on TensorFlow"]["fit, bf16 / it"]
-    rows.append(("baseline, `fit` in bf16, times as fast as Keras on TensorFlow", 1.6, ratio, ratio >= 1.6))
     for name, target in {"baseline": 2.5, "narrow-head": 4, "MnistNet_3": 4}.items():
         ratio = BENCHMARK["training"][f"{name}, fp32"]["fit / DataLoader"]
         rows.append((f"{name}, times as fast as a per-sample DataLoader", target, ratio, ratio >= target))
