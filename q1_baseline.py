@@ -179,7 +179,7 @@ def photo_network(args):
     args.stem = args.stem.with_name(f"{args.stem.name}_photos")
     path = Path(f"{args.stem}_runs", "photos_seed0.pt")
     if not path.exists():
-        print("training the network for photos, once: four minutes")
+        print("training the network for photos, once: five minutes")
         args.resume = path.parent.exists()
         config = {key: getattr(args, key) or value for key, value in PHOTO_RUN.items()}
         data = common.load_data(args)
