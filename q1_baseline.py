@@ -235,7 +235,7 @@ def photo_network(args):
     args.stem = args.stem.with_name(f"{args.stem.name}_photos")
     path = Path(f"{args.stem}_runs", "photos_seed0.pt")
     if not path.exists():
-        print("training the network for photos, once: four minutes")
+        print("training the network for photos, once: five minutes")
         config = {key: getattr(args, key) or value for key, value in PHOTO_RUN.items()}
         data = common.load_data(args)
         drawn = common.draw_digits(len(data.train.labels) // 10, seed=0)  # ways to write that are rare in MNIST
