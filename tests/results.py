@@ -239,7 +239,7 @@ def plot_cost(points):
         color = common.COLORS[0 if ours else 1]
         axes.plot(cost, accuracy, "o" if ours else "s", color=color, fillstyle="full" if ours else "none")
         text = name if "parameters" in name else f"{name}, {size:,}"
-        neighbours = [p for p in points if cost < p[2] < 6 * cost and abs(accuracy - p[3]) < 0.02]
+        neighbours = [p for p in points if cost < p[2] < 6 * cost and abs(accuracy - p[3]) < 0.015]
         shift, side, height = (-5, "right", "bottom") if neighbours else (6, "left", "center")
         place = {"xytext": (shift, 0), "textcoords": "offset points", "ha": side, "va": height}
         axes.annotate(text, (cost, accuracy), color=color, fontsize=8, **place)
@@ -261,6 +261,7 @@ def save_cost():
                 epochs = statistics.fmean(seed["epochs"] for seed in run["seeds"])
                 cost = training_cost(build) * epochs * found["data"]["train"]
                 label = name.removesuffix(" improved").replace("improved recipe", "AdvancedComboCNN")
+                label = f"fixed filters, {label}" if "variant6" in script else label
                 best[run["parameters"]] = label, run["parameters"], cost, run["mean"], True
     points = list(best.values())
     for name, published, build, epochs in PUBLISHED:
