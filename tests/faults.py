@@ -57,11 +57,17 @@ def run(script, options, fault="none", number=0):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def children_of(pid):
+    """(number, command line) of the processes that a process has started."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for task in tasks for child in task.read_text().split()]
+    return [(child, Path(f"/proc/{child}/cmdline").read_text()) for child in children]
+
+
 def workers_of(process):
-    """The numbers of the worker processes of a script."""
-    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
-    children = [child for task in tasks for child in task.read_text().split()]
-    return [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    """The numbers of the worker processes of a script, which a server of its own has started."""
+    servers = [pid for pid, command in children_of(process.pid) if "forkserver" in command]
+    return [pid for server in servers for pid, _ in children_of(server)]
 
 
 def assert_complete(folder):
