@@ -280,6 +280,7 @@ def test_every_alarm_has_an_advice_and_every_fault_an_alarm():
         assert set(networks) & set(gallery.CALIBRATION) and set(networks) & set(gallery.HELD_OUT)
 
 
+@pytest.mark.slow
 def test_small_gallery_names_faults_of_an_mlp(mnist_folder, tmp_path, monkeypatch, capsys):
     """On 800 synthetic digits; the whole gallery is for real MNIST."""
     faults = [fault for fault, (networks, _) in gallery.FAULTS.items() if "MLP" in networks]

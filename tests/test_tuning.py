@@ -50,6 +50,7 @@ def test_study_leaves_its_log_its_results_and_its_plots(finished):
     assert len(study) == 7 and all(0 <= float(row["val_accuracy"]) <= 100 for row in study)
 
 
+@pytest.mark.slow
 def test_test_labels_do_not_influence_the_selection(finished, mnist_folder, tmp_path):
     folder = write_mnist(tmp_path / "wrong labels")
     path = folder / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
