@@ -738,10 +738,7 @@ def restore_training(path: Path, fingerprint: dict, parts: dict, rngs: dict, his
     for name, part in parts.items():
         part.load_state_dict(state[name])
     for parameter, moments in parts["optimizer"].state.items():
-        for (
-            name,
-            moment,
-        ) in moments.items():  # fused optimizers take for granted that it lies in memory as its parameter
+        for name, moment in moments.items():  # fused optimizers need it to lie in memory as its parameter does
             if torch.is_tensor(moment) and moment.shape == parameter.shape:
                 moments[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
     for name, rng in rngs.items():

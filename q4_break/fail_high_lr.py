@@ -164,10 +164,9 @@ def main(argv=None):
 
     title = common.summarize(results)
     if len(results) == len(RUNS):
-        adam, fixed = (
-            common.format_accuracy(common.test_accuracies(results[f"Adam 0.1{end}"])) for end in ("", ", BatchNorm")
-        )
-        title = f"Adam at 0.1 stays at chance level, {adam}; BatchNorm fixes it: {fixed}"
+        names = "Adam 0.1", "Adam 0.1, BatchNorm"
+        dead, fixed = (common.format_accuracy(common.test_accuracies(results[name])) for name in names)
+        title = f"Adam at 0.1 stays at chance level, {dead}; BatchNorm fixes it: {fixed}"
     steps = "Adam at 0.1: all ReLUs of a layer are dead after few steps. SGD at 1000: the loss explodes"
     plots = {"curves": (title, common.plot_curves, results), "steps": (steps, plot_steps, results)}
     common.report(results, args, data, plots, expected_to_diverge=EXPECTED_ALARMS)
