@@ -1,8 +1,9 @@
-"""Q2, variant 6: trained for 0.63 s on two cores, the network reaches 99.00 %, five times as fast as published.
+"""Q2, variant 6: trained for a second on two cores, the network reaches 98.98 %, five times as fast as published.
 
-Expect  99.00 % after one epoch in 0.63 s, 99.45 % after eight in 14.0 s. The published recipe takes 3.33 s in fp32, as
-        published, and 2.05 s in bf16. Medians of 30 trainings on a processor with native bf16; the clock runs from the
-        raw images in memory to the end of the last epoch with its validation. A process's first training is slower.
+Expect  98.98 % after one epoch in 0.98 s, 99.49 % after six in 16.1 s. The published recipe takes 5.45 s in fp32, as
+        published, and 4.09 s in bf16. Medians of 30 trainings on a Zen 4 processor, which has bf16 instructions; on a
+        Zen 5 the first took 0.63 s and reached 99.00 %, the published one 3.33 s. The clock runs from the raw images
+        in memory to the end of the last epoch with its validation. A process's first training is slower.
 Why     The first layer takes most of the time of a small CNN: its outputs are the largest. Here its filters are fixed:
         centres of k-means over patches of the images. So it has no backward pass, and one convolution computes it
         together with its max-pooling. Large batches and few channels save the rest.
@@ -17,9 +18,9 @@ Tried   Mean of three to six seeds, one epoch, batch size 256 unless given; seco
           all images, or the first 40,000                       0.81 s  99.00 %    0.62 s  98.76 %
         Worse as well: images averaged to 14x14 (98.79 % in 1.00 s) or cropped to 22x22 (98.37 %), batches of 1,024
         (98.44 %), one thread (1.55 times the seconds). Label smoothing of 0.1 gained less than 0.1 points. After one
-        epoch the mean over five shifted images gains 0.05 points, but takes a third of the training's time. Six
-        epochs of 32 filters and 64 channels, with that mean, reach 99.53 % on validation in 0.45 of the seconds of the
-        eight epochs (99.46 %), four seeds.
+        epoch the mean over shifts gains 0.05 points, but takes a third of the training's time. More epochs, without
+        and with the mean over five shifts, four seeds: eight of 48 filters and 96 channels 99.46, 99.50 %; six of 32
+        and 64 (0.4 times the seconds) 99.48, 99.53 %; five 99.38, 99.43 %; four of 48 and 96 99.38, 99.42 %.
 Run     python q2_variants/variant6_fastest.py               ten trainings of each recipe, in turns: four minutes
         python q2_variants/variant6_fastest.py --seeds 30    as recorded
 """
@@ -51,10 +52,11 @@ FAST = {
 PUBLISHED = {"network": "published", "precision": "fp32", "shift": 0, "epochs": 1, "batch_size": 256, "lr": 0.01}
 RUNS = {
     "one epoch": FAST,
-    "eight epochs": {**FAST, "filters": 48, "channels": 96, "shift": 2, "epochs": 8, "batch_size": 384, "lr": 0.01},
+    "six epochs": {**FAST, "filters": 32, "channels": 64, "shift": 2, "epochs": 6, "batch_size": 384, "lr": 0.01},
     "published": PUBLISHED,
     "published, bf16": {**PUBLISHED, "precision": "bf16"},
 }
+SHIFTS = (0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)  # in pixels, of the images that "six epochs" averages over
 ON_GPU = 0.762, 99.041  # as published: seconds on a GTX 1660 Ti, and mean test accuracy of 30 seeds
 
 
@@ -81,8 +83,14 @@ class FixedFiltersCNN(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
         self.hidden = nn.Linear(16 * channels, 128)
         self.classifier = nn.Linear(128, 10)
+        self.shifts = ()  # of the images; over them evaluation takes the mean of the logits
 
     def forward(self, images):
+        if self.training or not self.shifts:
+            return self.classify(images)
+        return torch.stack([self.classify(images.roll(shift, (2, 3))) for shift in self.shifts]).mean(0)
+
+    def classify(self, images):
         blocks = torch.stack([images[:, 0, y:26:2, x:26:2] for y in (2, 3) for x in (2, 3)], 3)  # -> (B, 12, 12, 4)
         x = F.conv2d(blocks.permute(0, 3, 1, 2), self.filters)  # -> (B, 4C, 10, 10)
         for _ in range(2):
@@ -128,10 +136,16 @@ def train(config, data, seed, **settings):
     steps = config["epochs"] * data.steps(config["batch_size"])
     scheduler = OneCycleLR(optimizer, config["lr"], total_steps=steps, cycle_momentum=False)
     augment = partial(shift_batch, pixels=config["shift"]) if config["shift"] else None
-    trace = {"setup": [time.perf_counter() - started]}
-    return model, common.fit(
+    trace = {"beside": [time.perf_counter() - started]}
+    history = common.fit(
         model, data, optimizer, config, seed=seed, scheduler=scheduler, augment=augment, trace=trace, **settings
     )
+    if augment:
+        started = time.perf_counter()
+        model.shifts = SHIFTS
+        common.evaluate(model, data.val)  # its time counts
+        trace["beside"].append(time.perf_counter() - started)
+    return model, history
 
 
 def seconds(results):
@@ -157,7 +171,7 @@ def plot_times(results):
         end = max(accuracies) if above else min(accuracies)
         axes.annotate(text, (median_seconds(group), end), color=common.COLORS[i], ha="center", **place)
     axes.plot(*ON_GPU, common.MARKERS[len(results)], fillstyle="none", color=common.COLORS[len(results)])
-    place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+    place = {"xytext": (-8, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
     axes.annotate(f"published\non a GPU\n{ON_GPU[0]:.2f} s", ON_GPU, color=common.COLORS[len(results)], **place)
     axes.set(xscale="log", xlabel="seconds of training", ylabel="test accuracy (%)")
     axes.margins(0.2, 0.3)
@@ -172,7 +186,7 @@ def main(argv=None):
     data = common.load_data(args)
     results = common.run_all(train, args, data)
     for result in [result for group in results.values() for result in group]:
-        result.scores["seconds"] += result.history.trace["setup"][0]
+        result.scores["seconds"] += sum(result.history.trace["beside"])
 
     title = common.summarize(results)
     if len(results) == len(RUNS):

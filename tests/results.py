@@ -45,7 +45,7 @@ TARGETS = [  # what, published accuracy, how it was obtained, target mean, scrip
     ("MnistNet_2", 99.39, TEST, 99.39, "variant5_under_10k", "MnistNet_2 improved"),
     ("MnistNet_3", 99.45, TEST, 99.45, "variant5_under_10k", "MnistNet_3 improved"),
     ("one epoch of variant 6", 99.04, "mean of 30 seeds", 99.0, "variant6_fastest", "one epoch"),
-    ("eight epochs of variant 6", None, "", 99.4, "variant6_fastest", "eight epochs"),
+    ("six epochs of variant 6", None, "", 99.4, "variant6_fastest", "six epochs"),
     ("at most 3,762 parameters", 99.52, TEST, 99.45, "variant7_smallest", "2,910 parameters"),
     ("at most 2,000 parameters", 99.1, "one run, last epoch", 99.3, "variant7_smallest", "1,840 parameters"),
     ("at most 1,000 parameters", 98.76, "mean of 223 runs", 99.0, "variant7_smallest", "996 parameters"),
@@ -105,7 +105,6 @@ def other_targets():
         ("baseline, best of five seeds", "99.35 %", f"{baseline:.2f} %", baseline >= 99.35),
         ("variant 8, ensemble of five", "99.75 %", f"{ensemble:.2f} %", ensemble >= 99.75),
         ("variant 6, one epoch", "under 1 s", f"{seconds['one epoch']:.2f} s", seconds["one epoch"] < 1),
-        ("variant 6, eight epochs", "under 15 s", f"{seconds['eight epochs']:.1f} s", seconds["eight epochs"] < 15),
         ("variant 6, times as fast as the published recipe in fp32", "5", f"{speedup:.2f}", speedup >= 5),
         ("MNIST, trained on synthetic digits", "95 %", f"{synthetic['mean']:.2f} %", synthetic["mean"] >= 95),
         ("70,000 synthetic digits drawn", "under 10 s", f"{synthetic['seconds']} s", synthetic["seconds"] < 10),
@@ -118,6 +117,11 @@ def other_targets():
     memory = max(run["GiB"] for run in first["now"])
     what = f"q1_baseline.py, seconds of the default run / those of {first['before is']}"
     rows.append((what, "at most 0.5", first["ratio of seconds"], first["ratio of seconds"] <= 0.5))
+    for goal, target in {"99.4 %": 0.5, "99.0 %": 0.7}.items():
+        fastest = BENCHMARK["fastest"]
+        ratio = fastest[goal]["ratio"]
+        what = f"variant 6, seconds to {goal} / those of {fastest['before is']}"
+        rows.append((what, f"at most {target}", ratio, ratio <= target))
     rows.append(("q1_baseline.py, memory of two workers and the script", "1.2 GiB", f"{memory} GiB", memory <= 1.2))
     for name, target in {"baseline": 2.5, "narrow-head": 4, "MnistNet_3": 4}.items():
         ratio = BENCHMARK["training"][f"{name}, fp32"]["fit / DataLoader"]

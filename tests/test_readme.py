@@ -28,9 +28,9 @@ LABELS = {  # in README's tables: the script and the run whose accuracy stands b
     "variant3_advanced_combo.py": ("q2_variants/variant3_advanced_combo.py", "improved recipe"),
     "variant4_under_25k.py": ("q2_variants/variant4_under_25k.py", "narrow-head improved"),
     "variant5_under_10k.py": ("q2_variants/variant5_under_10k.py", "MnistNet_2 improved"),
-    "variant6_fastest.py": ("q2_variants/variant6_fastest.py", "one epoch"),
+    "variant6_fastest.py": ("q2_variants/variant6_fastest.py", "six epochs"),
     "variant8_most_accurate.py": ("q2_variants/variant8_most_accurate.py", "strided CNN"),
-    "fixed filters, trained for 0.63 s": ("q2_variants/variant6_fastest.py", "one epoch"),
+    "fixed filters, trained for 0.98 s": ("q2_variants/variant6_fastest.py", "one epoch"),
     "strided CNN": ("q2_variants/variant8_most_accurate.py", "strided CNN"),
     "SharedCNN": ("q2_variants/variant7_smallest.py", "996 parameters"),
     "variant7_smallest.py": ("q2_variants/variant7_smallest.py", "996 parameters"),
@@ -85,7 +85,7 @@ def recorded_numbers():
             numbers |= {round(run["mean"], 2), round(run["std"], 2), *(round(value, 2) for value in validation)}
             numbers |= {round(seed["test_accuracy"], 2) for seed in run["seeds"]}
     numbers.add(results.ensemble_accuracy())
-    parts = ("synthetic", "photos", "test split", "preprocessing", "writers")
+    parts = ("synthetic", "photos", "test split", "preprocessing", "writers", "fastest, recorded earlier")
     return numbers.union(*(numbers_in(BENCHMARK[part]) for part in parts))
 
 
@@ -100,9 +100,10 @@ def test_percentages_in_text_are_recorded_ones():
 def test_seconds_of_the_fastest_recipes_are_the_recorded_ones():
     runs = results.RECORDED["q2_variants/variant6_fastest.py"]["runs"].values()
     medians = [statistics.median(seed["seconds"] for seed in run["seeds"]) for run in runs]
+    medians += [run["median seconds"] for run in BENCHMARK["fastest, recorded earlier"].values() if "mean" in run]
     section = README.split("\n## What Q2 found")[1].split("\n## ")[0]
     found = {float(number) for number in re.findall(r"([\d.]+) s\b", section)}
-    assert len(found) == 4 and found <= {round(value, digits) for value in medians for digits in (1, 2)}
+    assert len(found) == 5 and found <= {round(value, digits) for value in medians for digits in (1, 2)}
 
 
 def test_counts_of_alarms_are_the_recorded_ones():
