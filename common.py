@@ -644,7 +644,7 @@ def fit(
 
     No check sees these: a network whose memory format changes after the first step of a fused optimizer on a CPU (each
     weight gets another's momentum; torch 2.14); a one-cycle schedule of fewer steps than the training; weights averaged
-    over the training (AveragedModel) without BatchNorm's statistics computed anew (update_bn).
+    after the training (AveragedModel) without BatchNorm's statistics computed anew (update_bn).
     """
     epochs, batch_size, patience = config["epochs"], config["batch_size"], config.get("patience") or config["epochs"]
     shuffle_rng = torch.Generator().manual_seed(seed)

@@ -224,8 +224,11 @@ def test_wrong_running_averages_are_found(trained):
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     config = {"epochs": 2, "batch_size": 32}
     assert common.fit(model, trained[0], optimizer, config, progress=be_silent).health == []
+    right = copy.deepcopy(model)
     model[2].running_var *= 4
     assert check_health(model, trained[0]) == ["batch statistics"]
+    right[2].running_mean[::2] -= 5 * right[2].running_var[::2].sqrt()  # leaves the outputs' deviations as they are
+    assert check_health(right, trained[0])[:1] == ["batch statistics"]
 
 
 def test_gradients_that_are_not_reset_are_found(trained):
