@@ -37,6 +37,11 @@ NETWORKS = {  # parameters of the layers that have any, and their published sum
 }
 
 
+@pytest.fixture(scope="module")
+def images():
+    return common.draw_digits(40, seed=3)[0].float()
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_layers_are_the_published_ones(network):
     layers, total = NETWORKS[network]
@@ -67,13 +72,32 @@ def test_shared_layer_is_applied_six_times_to_one_image_at_a_time():
     torch.testing.assert_close(together, torch.cat([model(image[None]) for image in images]))
 
 
-def test_smallest_networks_average_nine_shifted_images_in_evaluation():
+def test_smallest_networks_average_nine_views(images):
     torch.manual_seed(0)
-    model = variant7.SharedCNN(8, 4)
-    image = nn.functional.pad(torch.rand(1, 1, 20, 20), [4] * 4)  # empty at its border, as MNIST's are
-    views = [torchvision.affine(image, 0.0, [x, y], 1.0, [0.0, 0.0]) for x in (-1, 0, 1) for y in (-1, 0, 1)]
-    expected = model(torch.cat(views)).mean(0, keepdim=True)
-    torch.testing.assert_close(model.eval()(image), expected)
+    model = variant7.SharedCNN(8, 4).eval()
+    model.views = variant7.VIEWS
+    ink = variant7.straighten(images / 255 / common.STD)
+    views = []
+    for degrees, right, down, scale in variant7.VIEWS:
+        options = {"translate": [right, down], "scale": scale, "shear": [0.0, 0.0]}
+        views.append(torchvision.affine(ink, degrees, interpolation=InterpolationMode.BILINEAR, **options))
+    expected = torch.stack([model.classify(view) for view in views]).mean(0)
+    torch.testing.assert_close(model(common.normalize(images)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_straightened_digits_are_upright_however_they_were_slanted(images):
+    upright = variant7.straighten(images)
+    x = torch.arange(28) - 13.5
+    for ink in upright:
+        mass = ink / ink.sum()
+        offset_x, offset_y = x - (mass * x).sum(), x[:, None] - (mass * x[:, None]).sum()
+        correlation = (mass * offset_x * offset_y).sum() / (mass * offset_y.square()).sum()
+        assert abs(correlation) < 0.02
+    options = {"translate": [0, 0], "scale": 1.0, "shear": [12.0, 0.0]}
+    slanted = torchvision.affine(images, 0.0, interpolation=InterpolationMode.BILINEAR, **options)
+    again = variant7.straighten(slanted)
+    assert (again - upright).abs().mean() < 0.4 * (slanted - images).abs().mean()
+    assert variant7.straighten(torch.zeros(2, 1, 28, 28)).isfinite().all()
 
 
 def test_fixed_convolution_over_blocks_is_convolution_and_max_pooling():
@@ -210,11 +234,6 @@ def test_gradients_reach_every_parameter(network):
         assert parameter.grad.isfinite().all(), name
         # Exactly 0 is out of reach. (A bias before BatchNorm gets rounding errors only.)
         assert parameter.grad.abs().sum() > 0, name
-
-
-@pytest.fixture(scope="module")
-def images():
-    return common.draw_digits(40, seed=3)[0].float()
 
 
 def test_affine_agrees_with_torchvision_image_by_image(images):
