@@ -174,6 +174,8 @@ def train(config, data, seed, **settings):
         **settings,
     )
     model.views = VIEWS
+    loss, accuracy, _ = common.evaluate(model, data.val)
+    history.rows[-1].update(val_loss=loss, val_accuracy=accuracy)  # of the network that is returned
     return model, history
 
 
