@@ -1,17 +1,23 @@
-"""Q2, variant 7: 996 parameters reach 99.14 % test accuracy, 1,840 reach 99.35 %, 2,910 reach 99.48 %.
+"""Q2, variant 7: 692 parameters reach 99.18 % test accuracy, 1,840 reach 99.43 %, 2,910 reach 99.50 %.
 
-Expect  the above. Published were a mean of 98.76 % with 997 parameters, one run of 99.10 % with 1,936, and one of
-        99.52 % with 3,762, whose epoch was chosen on the test images.
+Expect  the above. Published were 99.03 % with 697 parameters, the best of some 700 runs on the test images, a mean of
+        98.76 % with 997, one run of 99.10 % with 1,936, and one of 99.52 % with 3,762, whose epoch was chosen on test.
 Why     One separable convolution is applied six times: depth costs biases only. Its normalisation has no parameters.
-        The first layer makes only some of its channels, and the last layer reads only some. In evaluation mode the
-        network classifies nine shifted images, which gains 0.2 points. With so few parameters an optimizer can know
-        how all gradients vary together: 25 epochs reached the training loss for which Adam needed 60.
-Tried   with 950 parameters, judged by validation, and without gain: residual connections, LeakyReLU, GELU, convolutions
+        The first layer makes only some of its channels, and the last layer reads only some. Digits are straightened
+        first: a network need not learn slants. The trained network classifies nine views of each image, so that its
+        validation accuracy rises once more at the end. With so few parameters an optimizer can know how all gradients
+        vary together: 25 epochs reached the training loss for which Adam needed 60.
+Tried   with 692 parameters, one seed; accuracy on 20,000 training images as they are, which it cannot memorise:
+          one image, the mean of nine shifted ones              98.26 %, 98.74 %; straightened 98.62 %, 99.00 %
+          straightened, nine shifts, or five and rotations and scales     99.00 %, 99.03 %
+          15 channels of which 11 narrow (686 parameters)       98.84 % with nine shifts
+          15 epochs, or 24                                      98.98 %, 99.20 %
+        With 950 parameters, judged by validation, and without gain: residual connections, LeakyReLU, GELU, convolutions
         that are not separable, dilation, unpadded ones, coordinates as inputs, a gain for each channel, grouped 1x1
         convolutions, a fixed first layer, distillation from the baseline (0.2 points worse after 8 epochs), stronger
-        or elastic augmentation (0.1 to 0.2 points worse after 20), 50 epochs instead of 25 (98.98 and 98.90 %).
+        or elastic augmentation (0.1 to 0.2 points worse after 20).
 Run     python q2_variants/variant7_smallest.py     eight minutes on two CPU cores
-        python q2_variants/variant7_smallest.py --only "996 parameters"
+        python q2_variants/variant7_smallest.py --only "692 parameters"
 """
 
 import json
@@ -34,7 +40,6 @@ RUNS = {
     "2,910 parameters": {"channels": 43, "narrow": 20, "period": 200, "decay": 0.3, "epochs": 12},
     "692 parameters": {"channels": 16, "narrow": 9, "period": 50, "decay": 0.6, "epochs": 30},
     "1,840 parameters": {"channels": 32, "narrow": 16, "period": 100, "decay": 0.5, "epochs": 10},
-    "996 parameters": {"channels": 20, "narrow": 14, "period": 50, "decay": 0.6, "epochs": 10},
 }
 RUNS = {name: {**config, "batch_size": 128, "lr": 0.03} for name, config in RUNS.items()}
 # Parameters, test accuracy and how it was obtained: JoshWarn/Parameter-Efficient-MNIST, hexhowells/NeuralGolfing,
@@ -231,9 +236,9 @@ def main(argv=None):
         common.print_layers(SharedCNN(config["channels"], config["narrow"]))
     results = common.run_all(train, args, data)
 
-    name, group = next(iter(results.items()))
+    name, group = min(results.items(), key=lambda item: item[1][0].parameters)
     accuracy = common.format_accuracy(common.test_accuracies(group))
-    title = f"One separable convolution, applied six times: {name} reach {accuracy} test accuracy"
+    title = f"{name} reach {accuracy} test accuracy, with one convolution that is applied six times"
     plots = {
         "curves": (common.summarize(results), common.plot_curves, results),
         "frontier": (title, plot_frontier, results),

@@ -32,8 +32,8 @@ LABELS = {  # in README's tables: the script and the run whose accuracy stands b
     "variant8_most_accurate.py": ("q2_variants/variant8_most_accurate.py", "strided CNN"),
     "fixed filters, trained for 0.98 s": ("q2_variants/variant6_fastest.py", "one epoch"),
     "strided CNN": ("q2_variants/variant8_most_accurate.py", "strided CNN"),
-    "SharedCNN": ("q2_variants/variant7_smallest.py", "996 parameters"),
-    "variant7_smallest.py": ("q2_variants/variant7_smallest.py", "996 parameters"),
+    "SharedCNN": ("q2_variants/variant7_smallest.py", "692 parameters"),
+    "variant7_smallest.py": ("q2_variants/variant7_smallest.py", "692 parameters"),
     "q3_tuning.py": (
         "q3_tuning.py",
         next(run for run in results.RECORDED["q3_tuning.py"]["runs"] if run.endswith("final")),
