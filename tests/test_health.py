@@ -231,6 +231,24 @@ def test_wrong_running_averages_are_found(trained):
     assert check_health(right, trained[0])[:1] == ["batch statistics"]
 
 
+def test_averaged_weights_outlive_a_resume(tiny, tmp_path):
+    config = gallery.make_config("MLP, BatchNorm", averaged=True)
+
+    def stop(images, line=""):
+        if line:
+            raise KeyboardInterrupt
+
+    straight, history = gallery.train(config, tiny, 0, progress=be_silent)
+    with pytest.raises(KeyboardInterrupt):
+        gallery.train(config, tiny, 0, checkpoint=tmp_path / "run.pt", progress=stop)
+    resumed, again = gallery.train(config, tiny, 0, checkpoint=tmp_path / "run.pt", progress=be_silent)
+    assert again.rows[-1]["val_loss"] == history.rows[-1]["val_loss"]
+    for a, b in zip(straight.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    for mean, other in zip(history.trace["means"], again.trace["means"], strict=True):
+        assert torch.equal(mean, other) and mean.any()
+
+
 def test_gradients_that_are_not_reset_are_found(trained):
     model = copy.deepcopy(trained[1])
     optimizer = torch.optim.Adam(model.parameters())
