@@ -105,6 +105,7 @@ def other_targets():
         ("baseline, best of five seeds", "99.35 %", f"{baseline:.2f} %", baseline >= 99.35),
         ("variant 8, ensemble of five", "99.75 %", f"{ensemble:.2f} %", ensemble >= 99.75),
         ("variant 6, one epoch", "under 1 s", f"{seconds['one epoch']:.2f} s", seconds["one epoch"] < 1),
+        ("variant 6, six epochs", "under 15 s", f"{seconds['six epochs']:.1f} s", seconds["six epochs"] < 15),
         ("variant 6, times as fast as the published recipe in fp32", "5", f"{speedup:.2f}", speedup >= 5),
         ("MNIST, trained on synthetic digits", "95 %", f"{synthetic['mean']:.2f} %", synthetic["mean"] >= 95),
         ("70,000 synthetic digits drawn", "under 10 s", f"{synthetic['seconds']} s", synthetic["seconds"] < 10),
