@@ -266,8 +266,8 @@ def plot_cost(points):
         axes.plot(cost, accuracy, "o" if ours else "s", color=color, fillstyle="full" if ours else "none")
         text = name if "parameters" in name else f"{name}, {size:,}"
         neighbours = [p for p in points if cost < p[2] < 6 * cost and abs(accuracy - p[3]) < 0.015]
-        shift, side, height = (-5, "right", "bottom") if neighbours else (6, "left", "center")
-        place = {"xytext": (shift, 0), "textcoords": "offset points", "ha": side, "va": height}
+        shift, side, height = ((4, -5), "right", "top") if neighbours else ((6, 0), "left", "center")
+        place = {"xytext": shift, "textcoords": "offset points", "ha": side, "va": height}
         axes.annotate(text, (cost, accuracy), color=color, fontsize=8, **place)
     axes.set(xscale="log", xlabel="multiply-adds of the training, forward and backward", ylabel="test accuracy (%)")
     axes.margins(0.2, 0.12)
