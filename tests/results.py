@@ -265,8 +265,12 @@ def plot_cost(points):
         color = common.COLORS[0 if ours else 1]
         axes.plot(cost, accuracy, "o" if ours else "s", color=color, fillstyle="full" if ours else "none")
         text = name if "parameters" in name else f"{name}, {size:,}"
-        neighbours = [p for p in points if cost < p[2] < 6 * cost and abs(accuracy - p[3]) < 0.015]
-        shift, side, height = ((4, -5), "right", "top") if neighbours else ((6, 0), "left", "center")
+        level = [p[2] for p in points if abs(accuracy - p[3]) < 0.015]  # the costs of points beside this one
+        shift, side, height = (6, 0), "left", "center"
+        if any(cost < other < 6 * cost for other in level):
+            shift, side = (-6, 0), "right"
+            if any(cost / 6 < other < cost for other in level):
+                shift, height = (4, -5), "top"
         place = {"xytext": shift, "textcoords": "offset points", "ha": side, "va": height}
         axes.annotate(text, (cost, accuracy), color=color, fontsize=8, **place)
     axes.set(xscale="log", xlabel="multiply-adds of the training, forward and backward", ylabel="test accuracy (%)")
