@@ -247,6 +247,9 @@ def test_averaged_weights_outlive_a_resume(tiny, tmp_path):
         assert torch.equal(a, b)
     for mean, other in zip(history.trace["means"], again.trace["means"], strict=True):
         assert torch.equal(mean, other) and mean.any()
+    _, forgotten = gallery.train({**config, "fault": gallery.FORGOTTEN}, tiny, 0, progress=be_silent)
+    losses = [[row["val_loss"] for row in found.rows] for found in (history, forgotten)]
+    assert losses[0][:-1] == losses[1][:-1] and losses[0][-1] != losses[1][-1]  # only the statistics differ, at the end
 
 
 def test_gradients_that_are_not_reset_are_found(trained):
@@ -296,7 +299,8 @@ def test_checks_change_neither_weights_nor_random_state(trained):
 def test_every_alarm_has_an_advice_and_every_fault_an_alarm():
     named = set().union(*(alarms for _, alarms in gallery.FAULTS.values()))
     assert named <= set(health.ALARMS)
-    assert gallery.FAULTS.keys() == gallery.DATA.keys() | gallery.NETWORK.keys() | gallery.OPTIMIZER.keys()
+    changes = gallery.DATA.keys() | gallery.NETWORK.keys() | gallery.OPTIMIZER.keys()
+    assert gallery.FAULTS.keys() == changes | {gallery.FORGOTTEN}  # which the test of averaged weights trains
     for networks, _ in gallery.FAULTS.values():
         assert set(networks) & set(gallery.CALIBRATION) and set(networks) & set(gallery.HELD_OUT)
 
