@@ -143,9 +143,8 @@ def train(config, data, seed, **settings):
     if augment:
         started = time.perf_counter()
         model.shifts = SHIFTS
-        loss, accuracy, _ = common.evaluate(model, data.val)
+        common.validate_again(model, data, history)
         trace["beside"].append(time.perf_counter() - started)
-        history.rows[history.best_epoch - 1].update(val_loss=loss, val_accuracy=accuracy)  # of the returned network
     return model, history
 
 

@@ -56,10 +56,6 @@ PUBLISHED = [
     (24_488, 99.26, ON_TEST),
 ]
 
-# The trained network classifies each image nine times: degrees, pixels right and down, scale.
-VIEWS = [(0, 0, 0, 1), (0, 1, 0, 1), (0, -1, 0, 1), (0, 0, 1, 1), (0, 0, -1, 1)]
-VIEWS += [(6, 0, 0, 1), (-6, 0, 0, 1), (0, 0, 0, 1.08), (0, 0, 0, 0.92)]
-
 
 def straighten(ink):
     """Shear images (B, 1, 28, 28), 0 where there is no ink, so that digits stand upright: x and y of the ink no longer
@@ -91,15 +87,11 @@ class SharedCNN(nn.Module):
         self.gain = nn.Parameter(torch.ones(6, 1))
         self.bias = nn.Parameter(torch.zeros(6, channels))
         self.classifier = nn.Linear(narrow, 10)
-        self.views = ()
+        self.nine_views = False  # whether evaluation classifies nine views of each image
 
     def forward(self, images):
-        """In evaluation mode the mean of the logits of the `views` of the images."""
         ink = straighten(images + common.MEAN / common.STD)
-        if self.training or not self.views:
-            return self.classify(ink)
-        views = torch.tensor(self.views, device=ink.device)[:, None].expand(-1, len(ink), -1)
-        return torch.stack([self.classify(common.affine(ink, v[:, 0], v[:, 1:3], v[:, 3])) for v in views]).mean(0)
+        return common.classify_views(self.classify, ink) if self.nine_views else self.classify(ink)
 
     def classify(self, images):
         narrow, channels = self.stem.out_channels, self.pointwise.out_channels
@@ -178,9 +170,8 @@ def train(config, data, seed, **settings):
         keep_last=True,  # the late epochs differ by less than the noise of 5,000 images
         **settings,
     )
-    model.views = VIEWS
-    loss, accuracy, _ = common.evaluate(model, data.val)
-    history.rows[-1].update(val_loss=loss, val_accuracy=accuracy)  # of the network that is returned
+    model.nine_views = True
+    common.validate_again(model, data, history)
     return model, history
 
 
