@@ -58,7 +58,8 @@ NATIVE = ctypes.CDLL(None) if sys.platform == "linux" else None  # glibc, and th
 
 
 def allowed_cores() -> set[int]:
-    """The cores of this process. OpenMP leaves this thread only one if it binds threads (OMP_PROC_BIND): then its."""
+    """The cores this process may use. If OpenMP binds threads (OMP_PROC_BIND), this thread sees a single core: then
+    those of all of OpenMP's places."""
     bound = set()
     for place in range(NATIVE.omp_get_num_places() if hasattr(NATIVE, "omp_get_num_places") else 0):
         cores = (ctypes.c_int * NATIVE.omp_get_place_num_procs(place))()
@@ -181,8 +182,8 @@ def in_a_line(error: Exception) -> str:
 
 
 def write_file(path, content: bytes):
-    """Write `path` atomically: after a kill there is the old file or the new one. Of torchrun's ranks only the first
-    one writes more than checkpoints."""
+    """Write `path` atomically: a kill leaves the old file or the new one. Under torchrun, ranks other than the first
+    write only checkpoints."""
     path = Path(path)
     if RANK and path.suffix != ".pt":
         return
@@ -204,14 +205,14 @@ def write_file(path, content: bytes):
 # ---- Command line ----------------------------------------------------------------------------------------------------
 def number(kind, least, most=math.inf):
     """A type of argparse's options: an int or a finite float from `least` to `most`."""
-    limits = f"{least} on" if most == math.inf else f"{least} to {most}"
+    limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
 
     def convert(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
             if least <= value <= most and value != math.inf:
                 return value
-        raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if kind is int else 'a number'} from {limits}")
+        raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if kind is int else 'a number'} {limits}")
 
     return convert
 
@@ -277,9 +278,11 @@ def parse_args(script, doc, runs, argv=None, *, seeds=1, options=None, **default
     devices = available_devices()
     args.device = devices[0] if args.device == "auto" else args.device
     if args.device not in devices:
-        parser.error(f"--device {args.device}: not here; there is {', '.join(devices)}")
+        parser.error(f"--device {args.device} is not available here; available: {', '.join(devices)}")
     args.device = torch.device(args.device, LOCAL_RANK if TORCHRUN and args.device == "cuda" else None)
     if args.device.index is not None:
+        if args.device.index >= torch.cuda.device_count():
+            parser.error(f"--nproc-per-node: rank {RANK} has no GPU; there are {torch.cuda.device_count()}")
         torch.cuda.set_device(args.device)  # whose random numbers are saved and restored
     native = "bf16" if has_native_bf16(args.device) else "fp32"
     args.precision = native if args.precision == "auto" else args.precision
@@ -401,8 +404,8 @@ def read_mnist(data_dir: Path) -> tuple:
         if len(images) < VAL_SHARE:
             raise ValueError(f"{raw / name} has {len(images)} images; {VAL_SHARE} are needed for a validation image")
     if strange:
-        hint = "; its ones lie on their side, as in EMNIST, which is transposed" if is_transposed(*parts[:2]) else ""
-        print(f"{raw}: MNIST has another {', '.join(strange)}, so this is called MNIST-like data{hint}")
+        hint = "; the ones lie on their side: EMNIST's images are transposed" if is_transposed(*parts[:2]) else ""
+        print(f"{raw}: not MNIST's: {', '.join(strange)}; the data are called MNIST-like data{hint}")
     return *parts, "MNIST-like data" if strange else "MNIST"
 
 
@@ -410,7 +413,7 @@ def refuse_near_miss(data_dir: Path, missing: list[str]):
     """Raises ValueError, with advice, if what is missing lies in another folder or under another name."""
     for folder in (data_dir, data_dir / "raw", data_dir / "MNIST", data_dir / "MNIST" / "raw"):
         if os.path.lexists(folder) and not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder, or a link to nothing")
+            raise ValueError(f"{folder} is a file or a broken link, not a folder")
         if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
             raise ValueError(f"{folder} cannot be read: Permission denied")
         for name in missing:
@@ -519,8 +522,8 @@ def advanced_combo_cnn(dropout: float = 0.5) -> nn.Sequential:
 def print_layers(model: nn.Module):
     """Print a table of the layers of a network for images (1, 28, 28), in the order of the forward pass: output shape,
     without the batch; trainable parameters, once however often the layer is applied; and multiply-adds for an image,
-    at each application. One multiply-add is two floating-point operations. Functions are not layers: those without
-    parameters are not seen. Changes nothing in the network: a copy computes, in training mode.
+    at each application. One multiply-add is two floating-point operations. Functions are no layers, so they have no
+    row; the total counts all parameters. Changes nothing in the network: a copy computes, in training mode.
 
     Counters disagree: torchsummary 1.5.1 counts parameters at each application, torchinfo and thop once.
     """
@@ -578,8 +581,10 @@ def random_affine(images, generator, degrees=(), shift=0.0, scale=0.0):
     return affine(images, angle, shift * uniform(2), 1 + scale * uniform())
 
 
-VIEWS = [(0, 0, 0, 1), (0, 1, 0, 1), (0, -1, 0, 1), (0, 0, 1, 1), (0, 0, -1, 1)]  # degrees, right and down, scale
-VIEWS += [(6, 0, 0, 1), (-6, 0, 0, 1), (0, 0, 0, 1.08), (0, 0, 0, 0.92)]
+VIEWS = [  # degrees, pixels right and down, scale
+    *[(0, 0, 0, 1), (0, 1, 0, 1), (0, -1, 0, 1), (0, 0, 1, 1), (0, 0, -1, 1)],
+    *[(6, 0, 0, 1), (-6, 0, 0, 1), (0, 0, 0, 1.08), (0, 0, 0, 0.92)],
+]
 
 
 def classify_views(classify, ink: Tensor) -> Tensor:
@@ -627,7 +632,7 @@ class History:
 
 
 def print_progress(images: int, line: str = ""):
-    """`images` were trained on since the last call; `line` is one of the log, or empty."""
+    """Called while training: `images` were trained on since the last call; `line` is one of the log, or empty."""
     if line:
         print(line)
 
@@ -656,7 +661,9 @@ def fit(
     weight gets another's momentum; torch 2.14); a one-cycle schedule of fewer steps than the training; weights averaged
     after the training (AveragedModel) without BatchNorm's statistics computed anew (update_bn).
     """
-    epochs, batch_size, patience = config["epochs"], config["batch_size"], config.get("patience") or config["epochs"]
+    epochs, batch_size = config["epochs"], config["batch_size"]
+    patience = config.get("patience") or epochs
+    steps = data.steps(batch_size)
     shuffle_rng = torch.Generator().manual_seed(seed)
     augment_rng = torch.Generator(data.train.labels.device).manual_seed(seed)
     rngs = {"shuffle_rng": shuffle_rng, "augment_rng": augment_rng}
@@ -676,18 +683,13 @@ def fit(
         epoch, lr = len(history.rows) + 1, optimizer.param_groups[0]["lr"]
         recorder.start_epoch()
         drawn = batches(data.train, batch_size, shuffle_rng if shuffle else None, augment, augment_rng)
-        steps = data.steps(batch_size)
         losses, row, labels = train_epoch(model, drawn, steps, optimizer, scheduler, precision, progress)
         val_loss, val_accuracy, _ = evaluate(model, data.val)
         seconds = time.perf_counter() - started
         row = {"epoch": epoch, **row, "val_loss": val_loss, "val_accuracy": val_accuracy, "lr": lr, "seconds": seconds}
         recorder.end_epoch(labels)
-        history.rows.append(row)
         history.step_losses += losses
-        history.diverged = not math.isfinite(row["train_loss"])
-        best_row = max(history.rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
-        if row is best_row or keep_last:
-            history.best_epoch = epoch
+        if add_row(history, row, keep_last):
             best = copy.deepcopy(model.state_dict())
         if checkpoint:
             save_training(checkpoint, fingerprint, parts, rngs, history, best)
@@ -697,9 +699,19 @@ def fit(
     return history
 
 
+def add_row(history: History, row: dict, keep_last: bool) -> bool:
+    """Add an epoch to the log; returns whether its weights are to be kept."""
+    history.rows.append(row)
+    history.diverged = not (math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"]))
+    best = max(history.rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    if row is best or keep_last:
+        history.best_epoch = row["epoch"]
+    return history.best_epoch == row["epoch"]
+
+
 def train_epoch(model, batches, steps, optimizer, scheduler, precision, progress):
     """Train on `batches`, `steps` of them, or until the mean loss is not finite. Returns the loss of each step, the
-    epoch's loss and accuracy for the log, and the labels of its last batch."""
+    epoch's loss and accuracy for the log, in training mode, while the weights change, and its last batch's labels."""
     losses = []
     total = correct = seen = shown = 0
     model.train()
@@ -773,7 +785,8 @@ def rng_module(model: nn.Module):
 
 def save_checkpoint(path: Path, fingerprint: dict, **state):
     """Write `state` with the fingerprint of its run."""
-    torch.save({"fingerprint": fingerprint, "threads": torch.get_num_threads(), **state}, buffer := io.BytesIO())
+    buffer = io.BytesIO()
+    torch.save({"fingerprint": fingerprint, "threads": torch.get_num_threads(), **state}, buffer)
     write_file(path, buffer.getvalue())
 
 
@@ -801,7 +814,7 @@ class Run(NamedTuple):
     name: str
     config: dict  # flat, says everything
     seed: int
-    fingerprint: dict  # all that the result depends on, but for the threads
+    fingerprint: dict  # says which run it is: files of another one are refused
     threads: int
     path: Path  # of the result, once the run is finished
     history: History | None = None  # so far, if it was begun
@@ -997,7 +1010,7 @@ def train_in_processes(train, data: Dataset, runs: list[Run], workers: int, show
         except Exception as error:  # no shared memory (/dev/shm), no process or file left, or a debugger's `train`
             end_workers()
             print(f"worker processes cannot start ({in_a_line(error)}); --workers 1 needs none", file=sys.stderr)
-            sys.exit(1)  # without the line: a profiler drops it
+            sys.exit(1)  # a profiler would drop a message here
         try:
             while left:
                 done, _ = wait(left, timeout=0.1, return_when=FIRST_COMPLETED)
@@ -1100,7 +1113,8 @@ def report_interrupted(runs: list[Run], args, data: Dataset, started: float):
 
 def write_csv(path: Path | str, rows: list[dict]):
     """A table with the keys of the first row as its header; floats have six digits."""
-    writer = csv.DictWriter(file := io.StringIO(), rows[0], lineterminator="\n")
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     write_file(path, file.getvalue().encode())
@@ -1166,7 +1180,8 @@ def save_plot(path: Path | str, title: str, dataset: str, plot, *arguments):
             title = title if dataset == "MNIST" else f"[{dataset}] {title}"
             title = title.replace(" ± ", "\xa0±\xa0").replace(" %", "\xa0%")  # so that no line breaks in an accuracy
             figure.suptitle(textwrap.fill(title, int(8.5 * figure.get_figwidth())), fontweight="bold")
-            figure.savefig(buffer := io.BytesIO(), format="png", dpi=110)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=110)
     except Exception as error:
         print(f"cannot draw {path}: {in_a_line(error)}", file=sys.stderr)
         return
@@ -1191,7 +1206,7 @@ def accuracy_axis(axes, name="y"):
 
 
 def label_ends(axes, ends: list[tuple]):
-    """Write (x, y, text, colour) of the ends of lines right of all lines, none over another: they move inwards."""
+    """Write the texts of `ends`, (x, y, text, colour), right of all lines; those that would overlap move inwards."""
     axes.grid(True)
     right = max((end[0] for end in ends), default=0)
     placed = [(axes.transData.transform(end[:2])[1], end) for end in ends]  # heights in pixels
@@ -1207,8 +1222,8 @@ def label_ends(axes, ends: list[tuple]):
 
 
 def plot_curves(results: dict[str, list[Run]]):
-    """Loss and accuracy by epoch, dashed of training: the mean over the seeds that are still training, in the band from
-    the least to the greatest. At the ends of the lines stands the test accuracy, once it is known."""
+    """Loss and accuracy by epoch: the mean of the seeds that are still training, in a band from the lowest to the
+    highest. The test accuracy, once it is known, stands at the ends of the lines."""
     figure = new_figure(12, 5)
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         axes.set_yscale("linear" if quantity == "accuracy" else "log")
@@ -1230,13 +1245,25 @@ def plot_curves(results: dict[str, list[Run]]):
                     text = f"{name}: test {format_accuracy(test_accuracies(group))}"
                 if math.isfinite(means[-1]):
                     ends.append((len(means), means[-1], text, color))
+                else:
+                    axes.text(0.5, 1, f"{name}: the loss is not a number", color=color, transform=axes.transAxes)
         if quantity == "accuracy":
             accuracy_axis(axes)
         axes.set(xlabel="epoch", ylabel="accuracy (%)" if quantity == "accuracy" else "loss (cross-entropy, nats)")
         axes.xaxis.get_major_locator().set_params(integer=True)
         label_ends(axes, ends)
-    figure.supxlabel("solid: validation; dashed: training; open markers: the epoch whose weights were kept", fontsize=9)
+    how = "solid: validation; dashed: training, while it goes on, with dropout and augmentation; "
+    how += "both: means of the seeds in the band of their range; open markers: the epoch whose weights were kept"
+    figure.supxlabel(how, fontsize=9)
     return figure
+
+
+def plots_by_recipe(results: dict[str, list[Run]]) -> dict[str, tuple]:
+    """For `report`: the curves of the published recipes, and of the improved ones."""
+    improved = {name: group for name, group in results.items() if name.endswith("improved")}
+    published = {name: group for name, group in results.items() if name not in improved}
+    parts = {"curves": published, "curves_improved": improved}
+    return {what: (summarize(part), plot_curves, part) for what, part in parts.items() if part}
 
 
 def draw_images(axes, images, columns, captions=()):

@@ -279,7 +279,7 @@ def test_data_are_judged_by_their_nearest_neighbours(trained):
     assert "wrong labels" in alarms(split._replace(labels=mixed), val)
     for change in facts.CHANGES:
         differs = val._replace(images=facts.CHANGES[change](val.images))
-        # A pixel's shift costs the baseline a point, the others 70 to 80 (tests/RESULTS.md).
+        # A pixel's shift costs the baseline a point, the others 56 and more (tests/RESULTS.md).
         assert alarms(split, differs) == ([] if "pixel" in change else ["validation data differ"])
     assert "identical images" in alarms(split._replace(images=torch.zeros_like(split.images)), val)
     assert alarms(split.head(1), val) == []  # too few to judge
@@ -300,7 +300,9 @@ def test_every_alarm_has_an_advice_and_every_fault_an_alarm():
     named = set().union(*(alarms for _, alarms in gallery.FAULTS.values()))
     assert named <= set(health.ALARMS)
     changes = gallery.DATA.keys() | gallery.NETWORK.keys() | gallery.OPTIMIZER.keys()
-    assert gallery.FAULTS.keys() == changes | {gallery.FORGOTTEN}  # which the test of averaged weights trains
+    # Averaged weights have a test of their own; few images are a matter of the configuration.
+    assert gallery.FAULTS.keys() == changes | {gallery.FORGOTTEN, gallery.FEW}
+    assert all(health.ALARMS.values())
     for networks, _ in gallery.FAULTS.values():
         assert set(networks) & set(gallery.CALIBRATION) and set(networks) & set(gallery.HELD_OUT)
 
