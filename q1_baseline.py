@@ -59,7 +59,7 @@ def train(config, data, seed, **settings):
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
     scheduler = None
     if config["schedule"] == "one-cycle":
-        steps = config["epochs"] * data.steps(config["batch_size"])
+        steps = max(6, config["epochs"] * data.steps(config["batch_size"]))  # with five OneCycleLR divides by zero
         scheduler = OneCycleLR(optimizer, config["lr"], total_steps=steps, pct_start=0.2, cycle_momentum=False)
     return model, common.fit(model, data, optimizer, config, seed=seed, scheduler=scheduler, **settings)
 
@@ -141,7 +141,7 @@ def print_agreement(probabilities, labels):
     times = (probabilities.argmax(2) != labels).sum(0)
     counts = torch.bincount(times, minlength=len(probabilities) + 1).tolist()
     parts = [f"{count} in {number}" for number, count in enumerate(counts) if number]
-    print(f"test images that are wrong, by the number of seeds: {', '.join(parts)}")
+    print(f"misclassified test images by the number of networks that are wrong: {', '.join(parts)}")
     accuracy = 100 * (probabilities.mean(0).argmax(1) == labels).double().mean()
     print(f"the mean of the seeds' probabilities reaches {accuracy:.2f} %")
 
@@ -191,7 +191,7 @@ def main(argv=None):
 
 # ---- Predictions for photos ------------------------------------------------------------------------------------------
 PHOTO_RUN = {"epochs": 20, "batch_size": 128, "lr": 3e-3}  # for --predict and --draw, trained at their first start
-TEMPERATURE = 1.2  # of the softmax; on photos of validation images 0.3 % of what is 99 % sure is wrong, with 1.0 0.4 %
+TEMPERATURE = 1.2  # of the softmax; of answers to validation photos with 99 % 0.3 % are wrong, at 1.0 it is 0.4 %
 LONGEST = 640  # pixels of a photo's longer side: its digits are looked for in this size
 PEN = 20  # pixels, in the window's sheet of 280 x 280
 ADVICE = "crop to the digit, use more light or a thicker pen"
@@ -230,21 +230,26 @@ def train_for_photos(config, data, seed, **settings):
 
 
 def photo_network(args):
-    """The network for photos; trains it if there is none. Its files are apart from those of the experiment."""
+    """The network for photos and the name of the data that it was trained on; trains it if there is none. Its files are
+    apart from those of the experiment."""
     args = argparse.Namespace(**vars(args))
     args.stem = args.stem.with_name(f"{args.stem.name}_photos")
     path = Path(f"{args.stem}_runs", "photos_seed0.pt")
-    if not path.exists():
+    if path.exists():
+        print(f"with the network in {path}; delete it to train another")
+    else:
         print("training the network for photos, once: five minutes")
-        config = {key: getattr(args, key) or value for key, value in PHOTO_RUN.items()}
         data = common.load_data(args)
+        config = {key: getattr(args, key) or value for key, value in PHOTO_RUN.items()}
+        config["trained on"] = data.name
         drawn = common.draw_digits(len(data.train.labels) // 10, seed=0)  # ways to write that are rare in MNIST
         train = [torch.cat([a, b.to(a.device)]) for a, b in zip(data.train, drawn, strict=True)]
         data = data._replace(train=common.Split(*train))
         common.run_all(train_for_photos, args, data, {"photos": config}, seeds=[0], test=False)
     model = common.baseline_cnn()
-    model.load_state_dict(common.load_checkpoint(path, {})["best"])
-    return model.eval()
+    state = common.load_checkpoint(path, {})
+    model.load_state_dict(state["best"])
+    return model.eval(), state["fingerprint"].get("trained on", "MNIST")
 
 
 def read_photo(path) -> Tensor:
@@ -586,22 +591,24 @@ def plot_predictions(shown):
 
 def predict(paths, args):
     """Print and plot what the network for photos predicts; exit code 1 if a file cannot be read."""
-    model = photo_network(args)
-    shown = []
-    for path in paths:
+    photos = {}
+    for path in paths:  # all of them, before a network is trained
         try:
-            photo = read_photo(path)
+            photos[path] = read_photo(path)
         except ValueError as error:
             print(f"{path}: {error}", file=sys.stderr)
-            continue
+    if not photos:
+        sys.exit(1)
+    model, trained_on = photo_network(args)
+    shown = []
+    for path, photo in photos.items():
         images, doubts = prepare_photo(photo)
         probabilities, text = classify(model, images, doubts)
         print(f"{path}: {text}")
         shown.append((Path(path).name, photo, images, probabilities))
-    if shown:
-        title = "Photo, what the network gets, and its prediction"
-        common.save_plot(f"{args.stem}_predictions.png", title, "MNIST", plot_predictions, shown[:20])
-    sys.exit(len(shown) < len(paths))
+    title = "Photo, what the network gets, and its prediction"
+    common.save_plot(f"{args.stem}_predictions.png", title, trained_on, plot_predictions, shown[:20])
+    sys.exit(1 if len(photos) < len(set(paths)) else 0)
 
 
 def make_board(figure, model):
@@ -666,7 +673,8 @@ def draw(args):
         sys.exit(
             "--draw needs a display and an interactive backend of matplotlib (such as tkinter's): there is none here"
         )
-    make_board(figure, photo_network(args))
+    model, _ = photo_network(args)
+    make_board(figure, model)
     pyplot.show()
     sys.exit(0)
 

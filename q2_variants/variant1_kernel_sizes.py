@@ -1,9 +1,10 @@
-"""Q2, variant 1, kernel sizes: 5x5 and 1x1 kernels instead of two 3x3 reach 99.1 %, 0.3 points below the baseline.
+"""Q2, variant 1, kernel sizes: 5x5 and 1x1 kernels instead of two 3x3 reach 99.1 %, less than the baseline.
 
 Expect  4 % fewer parameters than the baseline, and a little less accuracy.
 Why     The first layer sees 5x5 pixels, a stroke with both its edges, but the 1x1 layer only mixes channels. So a
         single layer detects shapes, where the baseline has two, the second with a receptive field of 8x8 pixels.
-        Training, padding and the fully connected layers are the baseline's: only the kernels differ.
+        Padding and the fully connected layers are the baseline's; the baseline with a constant learning rate and the
+        same early stopping reaches 99.2 %. Here the learning rate falls by a fifth after each epoch.
 Run     python q2_variants/variant1_kernel_sizes.py     one or two minutes on two CPU cores
 """
 
@@ -18,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py liv
 
 import common
 
-RUNS = {  # as the baseline
-    "5x5 and 1x1 kernels": {"epochs": 20, "batch_size": 64, "lr": 1e-3, "decay": 0.8, "patience": 3}
-}
+# decay: factor of the learning rate after each epoch
+RUNS = {"5x5 and 1x1 kernels": {"epochs": 20, "batch_size": 64, "lr": 1e-3, "decay": 0.8, "patience": 3}}
 
 
 def kernel_sizes_cnn():

@@ -19,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py liv
 
 import common
 
-RUNS = {  # as the baseline
-    "BatchNorm and GAP": {"epochs": 20, "batch_size": 64, "lr": 1e-3, "decay": 0.8, "patience": 3}
-}
+# decay: factor of the learning rate after each epoch
+RUNS = {"BatchNorm and GAP": {"epochs": 20, "batch_size": 64, "lr": 1e-3, "decay": 0.8, "patience": 3}}
 
 
 def block(channels_in, channels_out):

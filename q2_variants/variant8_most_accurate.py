@@ -73,7 +73,7 @@ def train(config, data, seed, **settings):
     torch.manual_seed(seed)
     model = strided_cnn().to(data.train.labels.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], fused=True)
-    steps = config["epochs"] * data.steps(config["batch_size"])
+    steps = max(6, config["epochs"] * data.steps(config["batch_size"]))  # with five OneCycleLR divides by zero
     history = common.fit(
         model,
         data,

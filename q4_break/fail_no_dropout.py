@@ -1,9 +1,10 @@
-"""Q4, no dropout: on 2,000 images the baseline memorises its training set; validation loss ends 40 times as high.
+"""Q4, no dropout: on 2,000 images the baseline memorises its training set.
 
-Expect  training accuracy 100 % without dropout, and a validation loss of more than ten times the training loss. On all
-        images training accuracy exceeds 99.3 % without dropout and stays below that with it.
+Expect  training accuracy 100 % without dropout, and a validation loss 40 to 118 times as high as the training loss. On
+        all images training accuracy, evaluated without dropout, is 99.6 % with it and without; dropout gains 0.1
+        points of test accuracy. The log's training accuracy is lower, since it is measured with units dropped.
 Why     The fully connected layer has 400,000 weights, 200 for each of the 2,000 images: enough to memorise them.
-        Dropout removes a random half of the hidden units at each step, so that no few of them can identify an image.
+        Dropout removes a random half of the hidden units at each step, so that no small group can memorise an image.
 Fix     Augmentation, which never shows the same image twice, gains a point of test accuracy; dropout gains little.
 Run     python q4_break/fail_no_dropout.py     a minute on two CPU cores
 """
@@ -44,6 +45,10 @@ def train(config, data, seed, **settings):
 def gaps_of(results):
     """Training minus test accuracy of each, in points."""
     return [result.scores["train_accuracy"] - result.scores["test_accuracy"] for result in results]
+
+
+def gaps_in_words(results):
+    return ", ".join(f"{statistics.fmean(gaps_of(group)):.1f} ({name})" for name, group in results.items()) + " points"
 
 
 def plot_gaps(results):
@@ -87,17 +92,17 @@ def check_findings(results):
     def last(name):
         return [result.history.rows[-1]["train_accuracy"] for result in results[name]]
 
-    ratio, memorised = loss_ratio(results["no dropout"]), min(last("no dropout"))
+    ratio = loss_ratio(results["no dropout"])
+    memorised = min(last("no dropout"))
     augmented, plain = (
         statistics.fmean(common.test_accuracies(results[name])) for name in ("no dropout, augmented", "no dropout")
     )
-    none, half = min(last("all images, no dropout")), max(last("all images, dropout 0.5"))
+    all_images = min(gaps_of(results["all images, no dropout"]))
     claims = [
         (f"it memorises {memorised:.2f} % of its images, over 99.5", memorised > 99.5),
         (f"validation loss is {ratio:.0f} times training loss, over 10", ratio > 10),
         (f"augmentation gains {augmented - plain:.2f} points, over 0.3", augmented - plain > 0.3),
-        (f"all images: training accuracy reaches {none:.2f} %, over 99.3", none > 99.3),
-        (f"with dropout 0.5 {half:.2f} %, below that", half < none),
+        (f"all images: training exceeds test accuracy by {all_images:.2f} points, over 0.3", all_images > 0.3),
     ]
     check_claims(claims + health_claims(EXPECTED_ALARMS, results))
 
@@ -112,13 +117,14 @@ def main(argv=None):
     everything = {name: group for name, group in results.items() if name not in few}
     if few:
         ratios = ", ".join(f"{loss_ratio(group):.1f} ({name})" for name, group in few.items())
-        title = f"2,000 images: validation loss ends at {ratios} times the training loss"
+        count = min(FEW["images"], len(data.train.labels))
+        title = f"{count:,} images: validation loss ends at no less than {ratios} times the training loss"
         plots["curves"] = title, common.plot_curves, few
     if everything:
-        title = "All images: without dropout training accuracy rises further above validation accuracy"
+        title = f"All images: training exceeds test accuracy by {gaps_in_words(everything)}"
         plots["all"] = title, common.plot_curves, everything
-    gaps = [f"{statistics.fmean(gaps_of(group)):.1f} ({name})" for name, group in (few or everything).items()]
-    plots["gap"] = f"Training accuracy exceeds test accuracy by {', '.join(gaps)} points", plot_gaps, results
+    title = f"Training accuracy exceeds test accuracy by {gaps_in_words(few or everything)}"
+    plots["gap"] = title, plot_gaps, results
     common.report(results, args, data, plots)
     print_losses(results)
     if args.is_default and data.name == "MNIST":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 BatchNorm = nn.modules.batchnorm._BatchNorm
 ALARMS = {  # causes before effects: the first alarm of a training is its diagnosis. And what to look at first
     "identical images": "Look at the images as the network gets them: they are blank, or copies of a few.",
-    "wrong labels": "Look at images beside their labels: similar images have different ones.",
+    "wrong labels": "Look at images beside their labels: similar images have different labels.",
     "not shuffled": "Shuffle the training set before each epoch: batches hold one class only.",
     "validation data differ": "Prepare validation images exactly as training images (scale, polarity, orientation).",
     "number of outputs": "Give the last layer one output for each class.",
@@ -186,8 +186,8 @@ def check_network(model: nn.Module, history, symmetric: list[str], probe, classe
 
 
 def layer_outputs(model: nn.Module, images: Tensor, measure=None):
-    """(name, layer, its output, or `measure(layer, output)`) of all layers without inner ones, in evaluation mode, and
-    the logits, for `images`, float (N, 1, 28, 28), at once."""
+    """(name, layer, its output, or `measure(layer, output)`) of all layers that contain no others, and the logits; in
+    evaluation mode, for `images`, float (N, 1, 28, 28), at once."""
     outputs, hooks = [], []
     for name, layer in model.named_modules():
         if not list(layer.children()):
@@ -205,9 +205,8 @@ def layer_outputs(model: nn.Module, images: Tensor, measure=None):
 
 
 def share_at_fault(layer: nn.Module, output: Tensor) -> float | None:
-    """Of a ReLU layer the share of dead units; of tanh and sigmoid that of saturated outputs; of BatchNorm how far the
-    standard deviation of its outputs is from `weight`, where it is with the right averages (median of the logarithms).
-    """
+    """Of a ReLU layer the share of dead units; of tanh and sigmoid that of saturated outputs; of BatchNorm the median
+    over channels of |log(standard deviation of its outputs / weight)|: 0 if its running statistics fit the data."""
     if isinstance(layer, nn.ReLU):
         return dead_share(output)
     if isinstance(layer, (nn.Tanh, nn.Sigmoid)):
@@ -231,8 +230,8 @@ def gradient_sizes(model: nn.Module, images: Tensor, labels: Tensor) -> list[flo
 
 
 def layer_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of the layers by name, a row for each unit, from the first to the last; no biases, nothing of
-    BatchNorm's."""
+    """The weights of the layers by name, a row for each unit, from the first to the last, without biases and
+    BatchNorm."""
     return {name: p for name, p in model.named_parameters() if p.dim() > 1 and name.endswith("weight")}
 
 

@@ -4,9 +4,9 @@
     python tests/benchmark.py --only training    one of them
 
 The ways to train take turns, and the medians of their ratios are what counts: machines differ and are noisy. Parts
-`workers`, `assignment`, `health`, `synthetic`, `photos`, `test split`, `preprocessing` and `writers` need MNIST in
---data-dir, MNIST_DIR or data/, `photos` also a network that q1_baseline.py has trained, `writers` QMNIST's label files
-in QMNIST/raw.
+`workers`, `assignment`, `first script`, `fastest`, `health`, `synthetic`, `photos`, `test split`, `preprocessing` and
+`writers` need MNIST in --data-dir, MNIST_DIR or data/, `photos` also a network that q1_baseline.py has trained,
+`writers` QMNIST's label files in QMNIST/raw.
 Writes benchmark.json and benchmark_digits.png beside itself, and q1_baseline_board.png.
 """
 
@@ -34,7 +34,7 @@ ENVIRONMENT = dict(os.environ)  # for other processes; conftest limits the threa
 
 import facts
 import faults
-from conftest import ROOT, SCRIPTS, load, write_mnist
+from conftest import ROOT, SCRIPTS, be_silent, load, write_mnist
 
 import common
 import q1_baseline
@@ -49,10 +49,6 @@ IMAGES, ROUNDS = 12_800, 3
 def run(*command):
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT).stdout
-
-
-def be_silent(images, line=""):
-    pass
 
 
 def median(values, digits=2):
@@ -394,14 +390,14 @@ def measure_synthetic(data_dir):
     drawn = load(data_dir, "synthetic")
     seconds = time.perf_counter() - started
     real = load(data_dir, "mnist")
-    title = "Left: synthetic digits. Right: MNIST"
-    common.save_plot(HERE / "benchmark_digits.png", title, "MNIST", plot_digits, drawn.train, real.train)
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--only", "baseline", "--seeds", "5", "--out-dir", folder]
         args = common.parse_args(q1_baseline.__file__, "", q1_baseline.RUNS, arguments)
         mixed = drawn._replace(test=real.test)
         accuracies = common.test_accuracies(common.run_all(q1_baseline.train, args, mixed)["baseline"])
     mean, std = (round(value, 2) for value in common.mean_std(accuracies))
+    title = f"Trained on the left digits alone, the baseline reads {mean} % of MNIST's (right)"
+    common.save_plot(HERE / "benchmark_digits.png", title, "MNIST", plot_digits, drawn.train, real.train)
     return {"seconds": round(seconds, 1), "test_accuracy_on_mnist": accuracies, "mean": mean, "std": std}
 
 
@@ -444,7 +440,7 @@ def measure_photos(data_dir, count=150):
     models = {
         "network for photos": q1_baseline.photo_network(
             common.parse_args(q1_baseline.__file__, "", q1_baseline.RUNS, options)
-        ),
+        )[0],
         "baseline": common.baseline_cnn().eval(),
     }
     states = [common.load_checkpoint(path, {}) for path in (ROOT / "q1_baseline_runs").glob("*.pt")]
@@ -504,7 +500,7 @@ def measure_faults(_, count=32):
 
 
 # ---- Where people run the scripts: kinds of trouble ------------------------------------------------------------------
-KINDS = {  # what goes wrong, and the tests of it: a file, and how their names go on after "test_"
+TROUBLES = {  # what goes wrong, and the tests of it: a file, and how their names go on after "test_"
     "A: other programs' files are deleted": ("surroundings", "A_"),
     "B: fonts, locales or backends decide whether results exist": ("surroundings", "B_"),
     "C: a file that is there but unusable is taken for missing": ("surroundings", "C_"),
@@ -524,14 +520,14 @@ KINDS = {  # what goes wrong, and the tests of it: a file, and how their names g
 
 def measure_surroundings(_):
     """Cases tried and failed of each kind of trouble."""
-    files = {f"test_{file}.py" for file, _ in KINDS.values()}
+    files = {f"test_{file}.py" for file, _ in TROUBLES.values()}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", f"--junitxml={report}"]
         subprocess.run([*command, *(HERE / name for name in sorted(files))], check=False, env=ENVIRONMENT)
         cases = [case for case in xml.etree.ElementTree.parse(report).iter("testcase") if case.find("skipped") is None]
     found = {}
-    for kind, (file, name) in KINDS.items():
+    for kind, (file, name) in TROUBLES.items():
         mine = [case for case in cases if re.fullmatch(f".*test_{file}", case.get("classname"))]
         mine = [case for case in mine if re.match(f"test_{name}", case.get("name"))]
         failed = [case for case in mine if case.find("failure") is not None or case.find("error") is not None]

@@ -40,6 +40,10 @@ def load(folder, data="mnist", limit=None):
     return common.load_data(SimpleNamespace(data_dir=Path(folder), data=data, limit=limit, device="cpu"))
 
 
+def be_silent(images, line=""):
+    """Instead of `common.print_progress`."""
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """880 training, 80 validation and 200 test digits."""

@@ -7,7 +7,7 @@ import math
 import facts
 import pytest
 import torch
-from conftest import call_script, results_in
+from conftest import be_silent, call_script, results_in
 from torch import nn
 
 import common
@@ -36,10 +36,6 @@ def test_dead_share_counts_units_that_are_zero_for_all_images():
 
 
 # ---- A healthy training, which each test changes in one thing --------------------------------------------------------
-def be_silent(images, line=""):
-    pass
-
-
 def healthy_network():
     torch.manual_seed(0)
     return baseline_cnn(dropout=0.1)

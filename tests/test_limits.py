@@ -10,7 +10,6 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 import pytest
-import torch
 from conftest import MNIST_DIR, ROOT, needs_mnist, run_script
 
 import common
@@ -60,10 +59,6 @@ def test_cpu_quota_of_a_cgroup_is_respected(own, files, cores, tmp_path, monkeyp
 
 def test_without_cgroups_there_is_no_quota(tmp_path):
     assert common.usable_cores(tmp_path, tmp_path / "missing") == len(common.allowed_cores())
-
-
-def test_normal_machine_gets_all_that_torch_would_use():
-    assert min(torch.get_num_threads(), common.usable_cores()) <= common.CORES <= common.usable_cores()
 
 
 def last_core():

@@ -45,7 +45,7 @@ def trained(mnist_folder, tmp_path_factory):
 
 def load_network(folder):
     args = common.parse_args(q1_baseline.__file__, "", q1_baseline.RUNS, ["--out-dir", str(folder)])
-    return q1_baseline.photo_network(args)
+    return q1_baseline.photo_network(args)[0]
 
 
 def predict(folder, *paths):

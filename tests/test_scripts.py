@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import re
-import signal
 
 import pytest
 import torch
@@ -156,20 +155,6 @@ def test_errors_of_networks_and_of_their_ensemble():
         {"image": 1, "label": 2, "ensemble": 7, "networks_wrong": 3},
         {"image": 3, "label": 4, "ensemble": 4, "networks_wrong": 2},
     ]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="needs signals")
-def test_killed_q1_resumes_to_a_bit_identical_end(finished, mnist_folder, tmp_path):
-    arguments = "--epochs 4 --seeds 2 --limit 400 --precision fp32 --threads 1"
-    common_arguments = f"{arguments} --workers 1 --data-dir {mnist_folder} --out-dir {tmp_path}"
-    with start_script("q1_baseline.py", common_arguments, cwd=tmp_path) as process:
-        for line in process.stdout:
-            if "epoch  2/4" in line:
-                process.send_signal(signal.SIGKILL)
-                break
-    call_script("q1_baseline.py", f"{arguments} --resume", mnist_folder, tmp_path)
-    assert_identical(finished, tmp_path, "q1_baseline")
 
 
 @pytest.mark.slow
