@@ -581,18 +581,6 @@ def random_affine(images, generator, degrees=(), shift=0.0, scale=0.0):
     return affine(images, angle, shift * uniform(2), 1 + scale * uniform())
 
 
-VIEWS = [  # degrees, pixels right and down, scale
-    *[(0, 0, 0, 1), (0, 1, 0, 1), (0, -1, 0, 1), (0, 0, 1, 1), (0, 0, -1, 1)],
-    *[(6, 0, 0, 1), (-6, 0, 0, 1), (0, 0, 0, 1.08), (0, 0, 0, 0.92)],
-]
-
-
-def classify_views(classify, ink: Tensor) -> Tensor:
-    """The mean of the logits (B, 10) of nine views of each image, float (B, 1, 28, 28), 0 where there is no ink."""
-    views = torch.tensor(VIEWS, device=ink.device)[:, None].expand(-1, len(ink), -1)
-    return torch.stack([classify(affine(ink, v[:, 0], v[:, 1:3], v[:, 3])) for v in views]).mean(0)
-
-
 # ---- Training and evaluation -----------------------------------------------------------------------------------------
 EVAL_BATCH = 250  # activations that stay near the caches; 1,000 ran half as fast
 CHECKS = 20  # times an epoch that the loss is read back: to show progress, and to stop

@@ -11,7 +11,9 @@ Tried   one seed, judged by validation loss and accuracy; the first three with R
           rotation 15, shift 2.5, scale and shear (24 epochs)   0.0105  99.66 %, as here      0.0094  99.70 %
           48 and 96 channels in the same time (15 epochs)       0.0098  99.72 %, 32 and 64    0.0094  99.70 %
           SiLU, dropout 0.4, learning rate 0.003 (24 epochs)    0.0093  99.72 %, which is used here
-        Of 15,000 validation digits the mean of nine shifted images misclassifies 39, the image alone 44; not used.
+        Five seeds, 24 epochs, each image classified as such and as the mean over variant 7's nine views: 99.68 and
+        99.70 % in validation, 99.67 ± 0.03 % in test with the views, 99.76 % together: no gain, so not used. Missed:
+        99.72 % for one network, 99.80 % for five.
 Run     python q2_variants/variant8_most_accurate.py               one network: nine minutes on two CPU cores
         python q2_variants/variant8_most_accurate.py --seeds 5     as recorded, with the ensemble: 45 minutes
 """
@@ -29,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py liv
 
 import common
 
-RUNS = {"strided CNN": {"epochs": 24, "batch_size": 128, "lr": 3e-3}}
+RUNS = {"strided CNN": {"epochs": 30, "batch_size": 128, "lr": 3e-3}}
 
 
 def block(channels_in, channels_out, kernel=3, **settings):
@@ -57,24 +59,12 @@ def strided_cnn():
     )
 
 
-class NineViews(nn.Module):
-    """The mean of the logits that a network gives for nine views of each image."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images):
-        background = common.MEAN / common.STD
-        return common.classify_views(lambda ink: self.network(ink - background), images + background)
-
-
 def train(config, data, seed, **settings):
     torch.manual_seed(seed)
     model = strided_cnn().to(data.train.labels.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], fused=True)
     steps = max(6, config["epochs"] * data.steps(config["batch_size"]))  # with five OneCycleLR divides by zero
-    history = common.fit(
+    return model, common.fit(
         model,
         data,
         optimizer,
@@ -85,9 +75,6 @@ def train(config, data, seed, **settings):
         keep_last=True,  # the late epochs differ by less than the noise of 5,000 images
         **settings,
     )
-    model = NineViews(model)
-    common.validate_again(model, data, history)
-    return model, history
 
 
 def list_errors(results, labels):

@@ -6,10 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import be_silent
 from torch import nn
 
 import common
+import q1_baseline
 from common import baseline_cnn, random_affine
+from q2_variants import variant8_most_accurate as variant8
 
 STEPS = 7  # of 128 images, in an epoch of the 880 tiny ones
 
@@ -327,3 +330,12 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="^cannot write "):
         common.write_file(tmp_path / "file" / "name", b"")
+
+
+@pytest.mark.parametrize("script", [q1_baseline, variant8])
+def test_a_training_of_five_steps_has_a_schedule(script, tiny):
+    """OneCycleLR(pct_start=0.2, total_steps=5) divides by 0: torch 2.14.1, github.com/pytorch/pytorch/pull/180187."""
+    config = {**next(iter(script.RUNS.values())), "epochs": 1, "batch_size": 176}
+    assert tiny.steps(176) == 5
+    _, history = script.train(config, tiny, seed=0, progress=be_silent)
+    assert len(history.step_losses) == 5
