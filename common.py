@@ -1240,9 +1240,8 @@ def plot_curves(results: dict[str, list[Run]]):
         axes.set(xlabel="epoch", ylabel="accuracy (%)" if quantity == "accuracy" else "loss (cross-entropy, nats)")
         axes.xaxis.get_major_locator().set_params(integer=True)
         label_ends(axes, ends)
-    how = "solid: validation; dashed: training, while it goes on, with dropout and augmentation; "
-    how += "both: means of the seeds in the band of their range; open markers: the epoch whose weights were kept"
-    figure.supxlabel(how, fontsize=9)
+    how = "means and ranges of the seeds; solid: validation; dashed: training, with dropout and augmentation; "
+    figure.supxlabel(how + "open markers: the epoch whose weights were kept", fontsize=9)
     return figure
 
 

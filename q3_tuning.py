@@ -261,7 +261,6 @@ def plot_learning_rates(base, found):
     """Validation accuracy by learning rate: for each optimizer a line of means, and points for the seeds."""
     figure = common.new_figure(8, 5)
     axes = figure.subplots()
-    ends = []
     for i, (name, configs) in enumerate(candidates("optimizer", base).items()):
         rates = [config["lr"] for config in configs]
         groups = [found[name_of(config)] for config in configs]
@@ -269,11 +268,13 @@ def plot_learning_rates(base, found):
         axes.plot(rates, means, color=common.COLORS[i])
         for lr, group in zip(rates, groups, strict=True):
             axes.plot([lr] * len(group), accuracies(group), common.MARKERS[i], color=common.COLORS[i], fillstyle="none")
-        ends.append((rates[-1], means[-1], name, common.COLORS[i]))
+        place = {"xytext": (8, 0), "textcoords": "offset points", "va": "top"}
+        axes.annotate(name, (rates[-1], means[-1]), color=common.COLORS[i], **place)
     common.accuracy_axis(axes)
     axes.set(xscale="log", xlabel="learning rate (markers: seeds; lines: their mean)")
     axes.set_ylabel("validation accuracy (%)")
-    common.label_ends(axes, ends)
+    axes.margins(x=0.12)
+    axes.grid(True)
     return figure
 
 
