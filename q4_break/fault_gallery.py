@@ -5,7 +5,8 @@ Why     Most faults of a training end in the same symptom, chance level or a few
         not tell them apart. The images, the first loss, the gradients, the updates and the units of the trained
         network do. Each fault is trained with two or more networks on 3,000 images, beside the same networks without
         a fault. Thresholds of the checks were set on the baseline and the MLPs; the other networks are held out.
-        AVERAGED_FINDING
+        Without update_bn, averaged weights lose 27 to 36 points of validation accuracy with AdvancedComboCNN and set
+        off an alarm; the MLP loses 1 to 4 points, and no check sees it.
 Fix     One sentence for each alarm says what to look at first.
 Run     python q4_break/fault_gallery.py     two minutes on two CPU cores
         python q4_break/fault_gallery.py --only "weight decay 10, LeNet"
