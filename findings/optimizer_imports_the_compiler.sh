@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Expected: torch.optim.SGD needs what "import torch" has loaded.
-# Happens: making the first optimizer of a process imports torch._dynamo and with it sympy and hundreds of modules: a
-# second, and some 100 MB in each worker process, although nothing is compiled.
-# Seen with torch 2.14.1: "the compiler is loaded: after import torch False, after SGD True".
+# Happens: making the first optimizer of a process imports torch._dynamo and with it sympy and hundreds of modules,
+# although nothing is compiled.
+# Seen with torch 2.14.1: the compiler is loaded: after import torch False, after SGD True.
+# Exit code 0: it still happens. pip needs a network.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
