@@ -141,6 +141,14 @@ class Output:
             self.stream.flush()
 
 
+def show_exception(kind, error, trace):
+    """Ctrl-C outside of the training, while MNIST is downloaded for instance, is one line, too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def agree_on_start(store) -> str:
     """A name that all ranks of this start share, and none of an earlier one: torchrun starts ranks again, but its store
     keeps what the dead ones wrote. Each rank has a token; the first rank shows them until all have seen its own."""
@@ -261,6 +269,7 @@ def parse_args(script, doc, runs, argv=None, *, seeds=1, options=None, **default
     exit code 2."""
     sys.stdout = Output(open(os.devnull, "w") if RANK else sys.stdout)  # of torchrun's ranks the first one prints
     sys.stderr = Output(sys.stderr)
+    sys.excepthook = show_exception
     script = Path(script).resolve()
     networks = [config["network"] for config in runs.values() if "network" in config]
     parser = make_parser(script, doc, list(dict.fromkeys([*networks, *runs])), seeds, options or {})

@@ -406,6 +406,18 @@ def test_I_the_largest_seed_trains(mnist_folder, tmp_path):
     engine_script.main(f"{arguments} --seed 18446744073709551615 --resume".split())
 
 
+def test_I_interrupt_outside_of_the_training_is_one_line(tmp_path, monkeypatch, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(common, "load_data", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        q1_baseline.main(["--out-dir", str(tmp_path)])
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 @needs_posix
 @pytest.mark.slow
 def test_I_second_interrupt_does_not_disturb_the_first(mnist_folder, tmp_path):
