@@ -235,9 +235,9 @@ def photo_network(args):
     args = argparse.Namespace(**vars(args))
     args.stem = args.stem.with_name(f"{args.stem.name}_photos")
     path = Path(f"{args.stem}_runs", "photos_seed0.pt")
-    if path.exists():
-        print(f"with the network in {path}; delete it to train another")
-    else:
+    if path.exists() and (args.epochs or args.batch_size or args.lr or args.limit):
+        print(f"the network in {path} is used as it is; delete it to train another")
+    if not path.exists():
         print("training the network for photos, once: five minutes")
         data = common.load_data(args)
         config = {key: getattr(args, key) or value for key, value in PHOTO_RUN.items()}

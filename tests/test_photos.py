@@ -43,6 +43,13 @@ def trained(mnist_folder, tmp_path_factory):
     return folder
 
 
+def test_options_of_a_training_do_not_touch_the_network_that_is_there(trained, tmp_path, capsys):
+    photo = write_photo(tmp_path / "photo.png", common.draw_digits(1, seed=3)[0][0])
+    with pytest.raises(SystemExit):
+        q1_baseline.main(["--out-dir", str(trained), "--epochs", "1", "--predict", str(photo)])
+    assert "is used as it is; delete it to train another" in capsys.readouterr().out
+
+
 def load_network(folder):
     args = common.parse_args(q1_baseline.__file__, "", q1_baseline.RUNS, ["--out-dir", str(folder)])
     return q1_baseline.photo_network(args)[0]

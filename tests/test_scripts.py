@@ -225,7 +225,7 @@ def test_missing_device_is_one_line(monkeypatch, capsys):
     assert end.value.code == 2 and "--device cuda" in line and line.count("\n") == 1
 
 
-def test_each_of_torchruns_ranks_has_a_gpu_of_its_own(monkeypatch, tmp_path):
+def test_each_of_torchruns_ranks_has_a_gpu_of_its_own(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(common, "available_devices", lambda: ["cuda", "cpu"])
     monkeypatch.setattr(common, "has_native_bf16", lambda device: True)
     used = []
@@ -237,8 +237,13 @@ def test_each_of_torchruns_ranks_has_a_gpu_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(common, "TORCHRUN", True)
     monkeypatch.setattr(common, "LOCAL_RANK", 3)
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert device() == torch.device("cuda", 3) and device("--device", "cpu") == torch.device("cpu")
     assert used == [torch.device("cuda", 3)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(SystemExit) as end:
+        device()
+    assert end.value.code == 2 and "no GPU; there are 3" in capsys.readouterr().err
 
 
 def test_output_folder_is_tried_before_the_training(tmp_path, mnist_folder, capsys):

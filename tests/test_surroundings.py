@@ -163,7 +163,7 @@ def test_C_file_without_read_permission_is_an_error_even_with_auto(mnist_folder,
 
 def test_C_a_file_in_the_place_of_the_folder_is_an_error(tmp_path):
     (tmp_path / "data").write_text("")
-    with pytest.raises(SystemExit, match="data is not a folder, or a link to nothing$"):
+    with pytest.raises(SystemExit, match="data is a file or a broken link, not a folder$"):
         load(tmp_path / "data", "auto")
 
 
@@ -173,7 +173,9 @@ def test_C_a_link_to_a_missing_folder_is_an_error(place, tmp_path):
     """A disk that is not mounted."""
     (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / place).symlink_to(tmp_path / "nowhere")
-    with pytest.raises(SystemExit, match=f"{re.escape(str(tmp_path / place))} is not a folder, or a link to nothing$"):
+    with pytest.raises(
+        SystemExit, match=f"{re.escape(str(tmp_path / place))} is a file or a broken link, not a folder$"
+    ):
         load(tmp_path / "data", "auto")
 
 

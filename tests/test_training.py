@@ -332,7 +332,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
         common.write_file(tmp_path / "file" / "name", b"")
 
 
-@pytest.mark.parametrize("script", [q1_baseline, variant8])
+@pytest.mark.parametrize("script", [q1_baseline, pytest.param(variant8, marks=pytest.mark.slow)])
 def test_a_training_of_five_steps_has_a_schedule(script, tiny):
     """OneCycleLR(pct_start=0.2, total_steps=5) divides by 0: torch 2.14.1, github.com/pytorch/pytorch/pull/180187."""
     config = {**next(iter(script.RUNS.values())), "epochs": 1, "batch_size": 176}

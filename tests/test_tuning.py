@@ -142,10 +142,11 @@ def test_combinations_take_the_best_value_of_each_hyperparameter():
 def test_best_value_on_the_edge_of_its_range_is_named():
     base = q3_tuning.PUBLISHED
     assert not q3_tuning.edge_warning("lr", base)
-    assert "0.1 is on the edge" in q3_tuning.edge_warning("lr", {**base, "lr": 0.1})
+    assert "0.1 on the edge" in q3_tuning.edge_warning("lr", {**base, "lr": 0.1})
     sgd = {**base, "optimizer": "SGD", "lr": 0.03}
     assert not q3_tuning.edge_warning("optimizer", sgd)
-    assert "batch size 32" in q3_tuning.edge_warning("batch_size", {**base, "batch_size": 32})
+    best = {**base, "batch_size": 32, "lr": 0.03}
+    assert "batch size 32 and learning rate 0.03 on the edge" in q3_tuning.edge_warning("batch_size", best)
     assert not q3_tuning.edge_warning("init", base)
 
 
