@@ -180,6 +180,7 @@ print("sum", len(digits.train.labels), int(digits.train.images.sum()))
     assert files_below(tmp_path / "data") == sorted(common.MNIST_FILES)
 
 
+@pytest.mark.slow
 def test_only_missing_files_are_downloaded(mirror, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "DOWNLOAD", mirror)
     raw = write_mnist(tmp_path / "data") / "MNIST" / "raw"

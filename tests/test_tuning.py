@@ -66,6 +66,7 @@ def test_test_labels_do_not_influence_the_selection(finished, mnist_folder, tmp_
             assert seed["test_loss"] != other["test_loss"]
 
 
+@pytest.mark.slow
 def test_study_with_half_of_its_runs_finished_resumes_to_a_bit_identical_end(finished, mnist_folder, tmp_path):
     (tmp_path / "q3_tuning_runs").mkdir()
     for path in sorted((finished / "q3_tuning_runs").iterdir())[::2]:
