@@ -1,5 +1,5 @@
-"""All recorded results and measurements as tables, and what accuracy costs as a plot: writes RESULTS.md and
-results_cost.png beside itself.
+"""All recorded results and measurements as tables, and what accuracy costs as a plot: writes RESULTS.md beside itself
+and q2_variants/training_cost.png.
 
 python tests/results.py
 """
@@ -283,7 +283,7 @@ def plot_cost(points):
 
 
 def save_cost():
-    """results_cost.png: of each network of Q1 and Q2 the best run of ours, and published ones."""
+    """training_cost.png: of each network of Q1 and Q2 the best run of ours, and published ones."""
     best = {}
     for script, found in RECORDED.items():
         for name, run in found["runs"].items():
@@ -301,7 +301,7 @@ def save_cost():
     costs = {goal: min(point[2] for point in points if round(point[3], 1) >= goal) for goal in (99.0, 99.4, 99.7)}
     factors = [costs[goal] / costs[99.0] for goal in (99.4, 99.7)]
     title = f"99.4 % costs {factors[0]:.0f} times the multiply-adds of 99.0 %, and 99.7 % {factors[1]:,.0f} times"
-    common.save_plot(ROOT / "tests" / "results_cost.png", title, "MNIST", plot_cost, points)
+    common.save_plot(ROOT / "q2_variants" / "training_cost.png", title, "MNIST", plot_cost, points)
 
 
 def document():
@@ -313,7 +313,7 @@ def document():
         "## Targets",
         targets_table(),
         table(("what", "target", "ours", "reached"), other_targets()),
-        "![Test accuracy by the multiply-adds of the training](results_cost.png)",
+        "![Test accuracy by the multiply-adds of the training](../q2_variants/training_cost.png)",
         "## Other frameworks",
         "The baseline, batch 64, all cores, a warm epoch ([frameworks.py](frameworks.py)); others in fp32.",
         frameworks_table(),
