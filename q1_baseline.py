@@ -5,7 +5,7 @@ Expect  98 % after one epoch; the published recipe stops early, after 9 to 20 ep
 Why     Two 3x3 convolutions detect local strokes, max-pooling makes them robust to small shifts, and dropout keeps
         the fully connected layer, with 95 % of the parameters, from overfitting. At a constant learning rate Adam
         keeps oscillating around the minimum; one that rises and then falls to zero (one-cycle) lets it converge.
-Run     python q1_baseline.py               two minutes on two CPU cores
+Run     python q1_baseline.py               two to four minutes on two CPU cores
         python q1_baseline.py --seeds 5     the recorded results
         python q1_baseline.py --resume      continues a stopped run, bit-identical to one that was never stopped
         python q1_baseline.py --predict photo.jpg     reads your own handwriting

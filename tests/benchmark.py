@@ -396,7 +396,7 @@ def measure_synthetic(data_dir):
         mixed = drawn._replace(test=real.test)
         accuracies = common.test_accuracies(common.run_all(q1_baseline.train, args, mixed)["baseline"])
     mean, std = (round(value, 2) for value in common.mean_std(accuracies))
-    title = f"Trained on the left digits alone, the baseline reads {mean} % of MNIST's (right)"
+    title = f"Trained on synthetic digits alone (left), the baseline reaches {mean} % test accuracy on MNIST (right)"
     common.save_plot(HERE / "benchmark_digits.png", title, "MNIST", plot_digits, drawn.train, real.train)
     return {"seconds": round(seconds, 1), "test_accuracy_on_mnist": accuracies, "mean": mean, "std": std}
 
