@@ -638,7 +638,7 @@ def fit(
     model: nn.Module,
     data: Dataset,
     optimizer: torch.optim.Optimizer,
-    config: dict,  # epochs (at most), batch_size, and patience: epochs without a better one after which training stops
+    config: dict,  # epochs (at most), batch_size, patience: epochs without a better one after which training stops (all)
     *,
     seed: int = 0,  # of the batch order and the augmentation; neither dropout nor evaluation shifts it
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,  # stepped after every batch
@@ -652,7 +652,9 @@ def fit(
     progress=print_progress,
 ) -> History:
     """Train `model` in place on data.train and leave in it the weights of its best epoch on data.val: the highest
-    accuracy and, among equals, the lowest loss. A loss that is not finite ends the training, as `diverged`.
+    accuracy and, among equals, the lowest loss. A loss that is not finite ends the training, as `diverged`. With
+    config["label_smoothing"] the training loss, also in the log, is that of smoothed labels (Szegedy et al. 2016,
+    arXiv:1512.00567).
 
     No check sees these: a network whose memory format changes after the first step of a fused optimizer on a CPU (each
     weight gets another's momentum; torch 2.14); a one-cycle schedule of fewer steps than the training; weights averaged
@@ -660,6 +662,7 @@ def fit(
     """
     epochs, batch_size = config["epochs"], config["batch_size"]
     patience = config.get("patience") or epochs
+    smoothing = config.get("label_smoothing", 0.0)
     steps = data.steps(batch_size)
     shuffle_rng = torch.Generator().manual_seed(seed)
     augment_rng = torch.Generator(data.train.labels.device).manual_seed(seed)
@@ -680,7 +683,7 @@ def fit(
         epoch, lr = len(history.rows) + 1, optimizer.param_groups[0]["lr"]
         recorder.start_epoch()
         drawn = batches(data.train, batch_size, shuffle_rng if shuffle else None, augment, augment_rng)
-        losses, row, labels = train_epoch(model, drawn, steps, optimizer, scheduler, precision, progress)
+        losses, row, labels = train_epoch(model, drawn, steps, optimizer, scheduler, smoothing, precision, progress)
         val_loss, val_accuracy, _ = evaluate(model, data.val)
         seconds = time.perf_counter() - started
         row = {"epoch": epoch, **row, "val_loss": val_loss, "val_accuracy": val_accuracy, "lr": lr, "seconds": seconds}
@@ -706,7 +709,7 @@ def add_row(history: History, row: dict, keep_last: bool) -> bool:
     return history.best_epoch == row["epoch"]
 
 
-def train_epoch(model, batches, steps, optimizer, scheduler, precision, progress):
+def train_epoch(model, batches, steps, optimizer, scheduler, smoothing, precision, progress):
     """Train on `batches`, `steps` of them, or until the mean loss is not finite. Returns the loss of each step, the
     epoch's loss and accuracy for the log, in training mode, while the weights change, and its last batch's labels."""
     losses = []
@@ -715,7 +718,7 @@ def train_epoch(model, batches, steps, optimizer, scheduler, precision, progress
     for step, (images, labels) in enumerate(batches, 1):
         with torch.autocast(images.device.type, torch.bfloat16, precision == "bf16"):
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels)  # in fp32: bf16 has three digits
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)  # in fp32: bf16 has three digits
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -290,7 +290,7 @@ def save_cost():
             build = None if name.startswith("published") else network_of(script, run["config"])
             if build and run["mean"] > best.get(run["parameters"], (0, 0, 0, 0))[3]:
                 epochs = statistics.fmean(seed["epochs"] for seed in run["seeds"])
-                cost = training_cost(build) * epochs * found["data"]["train"]
+                cost = training_cost(build) * epochs * (run["config"].get("images") or found["data"]["train"])
                 label = name.removesuffix(" improved").replace("improved recipe", "AdvancedComboCNN")
                 label = f"fixed filters, {label}" if "variant6" in script else label
                 best[run["parameters"]] = label, run["parameters"], cost, run["mean"], True

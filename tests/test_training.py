@@ -43,6 +43,17 @@ def test_loss_of_an_epoch_weights_a_smaller_last_batch_by_its_size(tiny):
     assert len(history.step_losses) == 3
 
 
+def test_smoothed_loss_is_the_mixture_of_the_labels_and_of_all_classes(tiny):
+    torch.manual_seed(0)
+    model = baseline_cnn(dropout=0)
+    config = {"epochs": 1, "batch_size": len(tiny.train.labels), "label_smoothing": 0.1}
+    logits = model(common.normalize(tiny.train.images)).detach().double()
+    logs = logits - logits.exp().sum(1, keepdim=True).log()
+    expected = -(0.9 * logs[range(len(logs)), tiny.train.labels] + 0.1 * logs.mean(1)).mean()
+    history = common.fit(model, tiny, torch.optim.SGD(model.parameters(), lr=0.0), config)
+    assert history.rows[0]["train_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
 def small_cnn(dropout=0.2):
     """Fast to train, with a buffer and a use of random numbers: BatchNorm and dropout."""
     return nn.Sequential(
