@@ -638,7 +638,7 @@ def fit(
     model: nn.Module,
     data: Dataset,
     optimizer: torch.optim.Optimizer,
-    config: dict,  # epochs (at most), batch_size, patience: epochs without a better one after which training stops (all)
+    config: dict,  # epochs (at most), batch_size, and patience: epochs without a better one after which training stops
     *,
     seed: int = 0,  # of the batch order and the augmentation; neither dropout nor evaluation shifts it
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,  # stepped after every batch
@@ -707,6 +707,15 @@ def add_row(history: History, row: dict, keep_last: bool) -> bool:
     if row is best or keep_last:
         history.best_epoch = row["epoch"]
     return history.best_epoch == row["epoch"]
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, config: dict, data: Dataset) -> torch.optim.lr_scheduler.OneCycleLR:
+    """The schedule of the baseline and its variants, for `fit`: the learning rate rises to config["lr"] in a fifth of
+    the steps and then falls to zero (Smith and Topin 2017, arXiv:1708.07120)."""
+    steps = max(6, config["epochs"] * data.steps(config["batch_size"]))  # with five PyTorch divides by zero
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config["lr"], total_steps=steps, pct_start=0.2, cycle_momentum=False
+    )
 
 
 def train_epoch(model, batches, steps, optimizer, scheduler, smoothing, precision, progress):

@@ -3,9 +3,8 @@
 Expect  4 % fewer parameters than the baseline, and a little less accuracy.
 Why     The first layer sees 5x5 pixels, a stroke with both its edges, but the 1x1 layer only mixes channels. So a
         single layer detects shapes, where the baseline has two, the second with a receptive field of 8x8 pixels.
-        Padding and the fully connected layers are the baseline's; the baseline with a constant learning rate and the
-        same early stopping reaches 99.2 %. Here the learning rate falls by a fifth after each epoch.
-Run     python q2_variants/variant1_kernel_sizes.py     one or two minutes on two CPU cores
+        Padding, the fully connected layers and the recipe are the baseline's, which reaches 99.4 %.
+Run     python q2_variants/variant1_kernel_sizes.py     one minute on two CPU cores
 """
 
 import sys
@@ -13,14 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import StepLR
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py lives one level up
 
 import common
 
-# decay: factor of the learning rate after each epoch
-RUNS = {"5x5 and 1x1 kernels": {"epochs": 20, "batch_size": 64, "lr": 1e-3, "decay": 0.8, "patience": 3}}
+RUNS = {"5x5 and 1x1 kernels": {"epochs": 6, "batch_size": 64, "lr": 3e-3}}  # as the baseline
 
 
 def kernel_sizes_cnn():
@@ -38,7 +35,7 @@ def train(config, data, seed, **settings):
     torch.manual_seed(seed)
     model = kernel_sizes_cnn().to(data.train.labels.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
-    scheduler = StepLR(optimizer, data.steps(config["batch_size"]), config["decay"])
+    scheduler = common.one_cycle(optimizer, config, data)
     return model, common.fit(model, data, optimizer, config, seed=seed, scheduler=scheduler, **settings)
 
 
