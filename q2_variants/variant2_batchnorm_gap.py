@@ -5,7 +5,7 @@ Why     The baseline spends 401,536 parameters on a layer with a weight for each
         averages each feature map over all positions, without parameters, but then a feature must be large enough to
         tell digits apart: two blocks, with a receptive field of 8x8 pixels, stop at about 97.5 %; the fourth block
         here sees the whole digit. BatchNorm normalises every layer's inputs, so that four blocks train as fast as two.
-Run     python q2_variants/variant2_batchnorm_gap.py     two minutes on two CPU cores
+Run     python q2_variants/variant2_batchnorm_gap.py     one minute on two CPU cores
 """
 
 import sys

@@ -31,7 +31,7 @@ LABELS = {  # in README's tables: the script and the run whose accuracy stands b
     "variant5_under_10k.py": ("q2_variants/variant5_under_10k.py", "MnistNet_2 improved"),
     "variant6_fastest.py": ("q2_variants/variant6_fastest.py", "six epochs"),
     "variant8_most_accurate.py": ("q2_variants/variant8_most_accurate.py", "strided CNN"),
-    "fixed filters, trained for 0.98 s": ("q2_variants/variant6_fastest.py", "one epoch"),
+    "fixed filters, trained for 0.58 s": ("q2_variants/variant6_fastest.py", "one epoch"),
     "strided CNN": ("q2_variants/variant8_most_accurate.py", "strided CNN"),
     "SharedCNN": ("q2_variants/variant7_smallest.py", "692 parameters"),
     "variant7_smallest.py": ("q2_variants/variant7_smallest.py", "692 parameters"),
@@ -62,11 +62,15 @@ def test_accuracies_in_tables_are_the_recorded_ones(label):
         assert f"{mean} ± {std} %" == results.accuracy(run)
 
 
+# Scripts whose recipes are newer than the benchmark of the whole assignment.
+NEWER = "q1_baseline.py", "q2_variants/variant1_kernel_sizes.py", "q2_variants/variant2_batchnorm_gap.py"
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_minutes_are_about_the_measured_ones(script):
     """Of the default run: as the benchmark measured it, or else as the recorded seeds took, two at a time."""
     (row,) = [row for row in table_rows() if row[0] == script.rpartition("/")[2] and len(row) > 2]
-    if script in BENCHMARK["assignment"] and script != "q1_baseline.py":  # whose recipe is a newer one
+    if script in BENCHMARK["assignment"] and script not in NEWER:
         assert row[2] == f"{BENCHMARK['assignment'][script]['now']['seconds'] / 60:.0f}"
         return
     found = results.RECORDED[script]
@@ -102,7 +106,7 @@ def recorded_numbers():
         numbers.add(round(run["mean"], 2))
         numbers.update(round(seed["test_accuracy"], 2) for seed in run["seeds"])
     numbers.add(results.ensemble_accuracy())
-    parts = ("photos", "test split", "preprocessing", "fastest, recorded earlier")
+    parts = ("photos", "test split", "preprocessing")
     return numbers.union(*(numbers_in(BENCHMARK[part]) for part in parts))
 
 
@@ -135,10 +139,9 @@ def test_counts_in_text_are_the_measured_ones():
 def test_seconds_of_the_fastest_recipes_are_the_recorded_ones():
     runs = results.RECORDED["q2_variants/variant6_fastest.py"]["runs"].values()
     medians = [statistics.median(seed["seconds"] for seed in run["seeds"]) for run in runs]
-    medians += [run["median seconds"] for run in BENCHMARK["fastest, recorded earlier"].values() if "mean" in run]
     section = README.split("\n## What Q2 found")[1].split("\n## ")[0]
     found = {float(number) for number in re.findall(r"([\d.]+) s\b", section)}
-    assert len(found) == 5 and found <= {round(value, digits) for value in medians for digits in (1, 2)}
+    assert len(found) == 4 and found <= {round(value, digits) for value in medians for digits in (1, 2)}
 
 
 def test_counts_of_alarms_are_the_recorded_ones():
