@@ -292,18 +292,15 @@ FIRST = "28de7b5"  # the commit to compare the first script with
 
 
 def measure_first_script(data_dir):
-    """Seconds and peak memory of q1_baseline.py's default run, with the code of FIRST and with this one, in turns; and
-    the memory of two workers, for an epoch."""
+    """Seconds and peak memory of q1_baseline.py's default run, with the code of FIRST and with this one, in turns."""
     found = {"before": [], "now": []}
     with checkout(FIRST) as before, tempfile.TemporaryDirectory() as folder:
         for _ in range(2):
             for name, root in (("before", before), ("now", ROOT)):
                 seconds, memory = run_script(root / "q1_baseline.py", folder, data_dir)
                 found[name].append({"seconds": round(seconds, 1), "GiB": round(memory, 2)})
-        _, memory = run_script("q1_baseline.py", folder, data_dir, "--workers", 2, "--epochs", 1)
     ratio = median(now["seconds"] / old["seconds"] for old, now in zip(*found.values(), strict=True))
-    ends = {"before is": f"commit {FIRST}", "ratio of seconds": ratio, "two workers, GiB": round(memory, 2)}
-    return {**found, **ends}
+    return {**found, "before is": f"commit {FIRST}", "ratio of seconds": ratio}
 
 
 def measure_fastest(data_dir):
