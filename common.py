@@ -1261,7 +1261,7 @@ def plot_curves(results: dict[str, list[Run]]):
         axes.set(xlabel="epoch", ylabel="accuracy (%)" if quantity == "accuracy" else "loss (cross-entropy, nats)")
         axes.xaxis.get_major_locator().set_params(integer=True)
         label_ends(axes, ends)
-    how = "means and ranges of the seeds; solid: validation; dashed: training, with dropout and augmentation; "
+    how = "mean and range of the seeds; solid: validation; dashed: training (dropout, augmentation, smoothed labels); "
     figure.supxlabel(how + "open markers: the epoch whose weights were kept", fontsize=9)
     return figure
 

@@ -4,9 +4,9 @@
     python tests/benchmark.py --only training    one of them
 
 The ways to train take turns, and the medians of their ratios are what counts: machines differ and are noisy. Parts
-`workers`, `assignment`, `first script`, `fastest`, `health`, `synthetic`, `photos`, `test split`, `preprocessing` and
-`writers` need MNIST in --data-dir, MNIST_DIR or data/, `photos` also a network that q1_baseline.py has trained,
-`writers` QMNIST's label files in QMNIST/raw.
+`workers`, `assignment`, `first script`, `fastest`, `fresh seeds`, `health`, `synthetic`, `photos`, `test split`,
+`preprocessing` and `writers` need MNIST in --data-dir, MNIST_DIR or data/, `photos` also a network that
+q1_baseline.py has trained, `writers` QMNIST's label files in QMNIST/raw.
 Writes benchmark.json and benchmark_digits.png beside itself, and q1_baseline_board.png.
 """
 
@@ -322,6 +322,20 @@ def measure_fastest(data_dir):
 
 
 # ---- Health checks ---------------------------------------------------------------------------------------------------
+def measure_fresh_seeds(data_dir):
+    """Test accuracy of the configuration that Q3 has selected, with seeds 5-9: nothing was chosen with them."""
+    runs = json.loads((ROOT / "q3_tuning.json").read_text(encoding="utf-8"))["runs"]
+    name = next(name for name in runs if name.endswith("final"))
+    seeds = list(range(5, 10))
+    with tempfile.TemporaryDirectory() as folder:
+        args = common.parse_args(q3_tuning.__file__, "", q3_tuning.RUNS, ["--out-dir", folder])
+        configs = {name: runs[name]["config"]}
+        results = common.run_all(q3_tuning.train, args, load(data_dir), configs, seeds)[name]
+    accuracies = common.test_accuracies(results)
+    mean, std = (round(value, 2) for value in common.mean_std(accuracies))
+    return {"run": name, "seeds": seeds, "test_accuracy": accuracies, "mean": mean, "std": std}
+
+
 def measure_health(data_dir):
     """Ours and the rules of two other tools on the same trainings: faulty and healthy, calibration and held-out; and
     the time of the checks as a share of an epoch of the baseline."""
@@ -543,6 +557,7 @@ def main():
         "assignment": measure_assignment,
         "first script": measure_first_script,
         "fastest": measure_fastest,
+        "fresh seeds": measure_fresh_seeds,
         "health": measure_health,
         "start": measure_start,
         "synthetic": measure_synthetic,
