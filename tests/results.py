@@ -6,6 +6,7 @@ python tests/results.py
 
 import csv
 import json
+import math
 import statistics
 import sys
 from collections import Counter
@@ -266,7 +267,8 @@ def plot_cost(points):
         color = common.COLORS[0 if ours else 1]
         axes.plot(cost, accuracy, "o" if ours else "s", color=color, fillstyle="full" if ours else "none")
         text = name if "parameters" in name else f"{name}, {size:,}"
-        level = [p[2] for p in points if abs(accuracy - p[3]) < 0.015]  # the costs of points beside this one
+        error = 100 - accuracy  # of points beside this one, the costs; the axis is that of the errors' logarithm
+        level = [p[2] for p in points if abs(math.log(error / (100 - p[3]))) < 0.0245]
         shift, side, height = (6, 0), "left", "center"
         if any(cost < other < 6 * cost for other in level):
             shift, side = (-6, 0), "right"
