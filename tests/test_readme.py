@@ -87,7 +87,7 @@ def recorded_accuracies():
     for run in [run for found in results.RECORDED.values() for run in found["runs"].values()]:
         texts.add(results.accuracy(run))
         texts.add(common.format_accuracy([seed["val_accuracy"] for seed in run["seeds"]]))
-    measured = [BENCHMARK["synthetic"], BENCHMARK["test split"]["accuracy"]]
+    measured = [BENCHMARK["synthetic"], BENCHMARK["fresh seeds"], BENCHMARK["test split"]["accuracy"]]
     for kind in ("random images", "whole writers"):
         difference = BENCHMARK["writers"][kind]["validation - test"]
         measured.append({"mean": -difference["mean"], "std": difference["std"]})
